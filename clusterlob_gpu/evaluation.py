@@ -478,8 +478,8 @@ def markout_table(sums: pd.DataFrame, *, width_us: int) -> pd.DataFrame:
 
     Returns
     -------
-    A row per (cluster, horizon_us), sorted: n, buckets (those with trades, B), mean_bps = sum / n; se_bps of
-    this ratio with buckets as sampling units: residuals u_b = sum_b - mean n_b, Bartlett variance of their sum
+    A row per (cluster, horizon_us), sorted: n, buckets (B, with trades), mean_bps = sum / n; se_bps of this
+    ratio with buckets as sampling units: residuals u_b = sum_b - mean n_b, Bartlett variance of their sum
     over 2H + 1 lags (a bucket's moves reach over H + 1 buckets), at most a quarter of the buckets, times
     B / (B - 1), root, over n; ci_low, ci_high = mean -+ 1.96 se; t = mean / se.  Without trades the mean is
     null, with fewer than 3 buckets the error is.
