@@ -68,7 +68,7 @@ class PeriodIn(NamedTuple):
 
 @dataclass(frozen=True)
 class Market:
-    """The content of a lake; `quotes` are level 1 of `books` unless given."""
+    """The content of a lake; its `quotes` are level 1 of `books`."""
 
     trades: list[TradeIn]
     books: list[BookIn]
@@ -506,7 +506,7 @@ CONFIGS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "same_side": st.sampled_from(["own", "consumed"]),
         "spread": st.sampled_from(["ticks", "bps"]),
         "asof": st.sampled_from(["strict", "inclusive"]),
-        "max_staleness": st.sampled_from([SECOND, MINUTE, 3 * DAY]),
+        "max_staleness": st.sampled_from([MINUTE, 15 * SECOND, 3 * DAY]),
         "bucket": st.just(5 * MINUTE),
         "horizons": st.just([HOUR, 3 * HOUR]),
     }
