@@ -124,6 +124,11 @@ class ClusterConfig(BaseModel):
             raise ValueError(f"horizons = {self.horizons}: give one or more, each once")
         if self.winsorize and not 0 <= self.winsorize[0] < self.winsorize[1] <= 1:
             raise ValueError(f"winsorize = {self.winsorize}: must be [lo, hi] with 0 <= lo < hi <= 1")
+        if self.train_days is not None and self.step_days < self.test_days:
+            raise ValueError(
+                f"step_days = {self.step_days}: must be at least test_days = {self.test_days}, "
+                "or a bucket would be tested twice"
+            )
         longest = max(self.horizons)
         if self.purge is not None and self.purge < longest:
             raise ValueError(

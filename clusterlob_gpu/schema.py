@@ -7,6 +7,9 @@ that is valid at the event's time.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import pyarrow as pa
 
 US_PER_SECOND = 1_000_000
@@ -137,3 +140,50 @@ MAX_TS = 2**63 - 1
 
 FEATURES = ("v_rel", "sbs", "obs", "spread", "t_m", "t_age")
 Z_FEATURES = tuple(f"z_{name}" for name in FEATURES)
+
+
+@dataclass(frozen=True)
+class Trades:
+    """One day of trades of a symbol, in the lake's order; times in us, values in common units."""
+
+    ts: np.ndarray
+    side: np.ndarray
+    price: np.ndarray
+    qty: np.ndarray
+
+
+@dataclass(frozen=True)
+class BookRows:
+    """One day of book rows of a symbol, valid or not, reduced to the touch and the depth.
+
+    bid, ask, bid_sz, ask_sz are `kernels.NO_LEVEL` where the side is empty; bid_depth and ask_depth
+    are sums of the first levels; tick is the tick size in price units.
+    """
+
+    ts: np.ndarray
+    bid: np.ndarray
+    ask: np.ndarray
+    bid_sz: np.ndarray
+    ask_sz: np.ndarray
+    bid_depth: np.ndarray
+    ask_depth: np.ndarray
+    tick: np.ndarray
+
+
+@dataclass(frozen=True)
+class Context:
+    """Columns of the book rows that a day's trades may meet, carry included; one entry per row."""
+
+    ts: np.ndarray
+    mid2: np.ndarray
+    """bid + ask, twice the mid, integer price units."""
+    touch_qty: np.ndarray
+    """bid_sz1 + ask_sz1, integer size units."""
+    log_bid: np.ndarray
+    """ln(1 + bid depth in base units)."""
+    log_ask: np.ndarray
+    spread: np.ndarray
+    """ask1 - bid1 in ticks, or 1e4 (ask1 - bid1) / mid."""
+    mid_change: np.ndarray
+    bid_change: np.ndarray
+    ask_change: np.ndarray

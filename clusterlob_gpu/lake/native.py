@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from clusterlob_gpu import kernels
 from clusterlob_gpu.errors import LakeError
 from clusterlob_gpu.lake.symbols import Symbol, find_symbol
-from clusterlob_gpu.schema import US_PER_DAY
+from clusterlob_gpu.schema import US_PER_DAY, BookRows, Trades
 
 _EPOCH = date(1970, 1, 1)
 _SNAPSHOT_BATCH = 16_384
@@ -44,34 +44,6 @@ def day_of(ts: int) -> date:
 def days_between(first: date, last: date) -> list[date]:
     """Every day from first to last, both included."""
     return [first + timedelta(days=n) for n in range((last - first).days + 1)]
-
-
-@dataclass(frozen=True)
-class Trades:
-    """One day of trades of a symbol, in the lake's order; times in us, values in common units."""
-
-    ts: np.ndarray
-    side: np.ndarray
-    price: np.ndarray
-    qty: np.ndarray
-
-
-@dataclass(frozen=True)
-class BookRows:
-    """One day of book rows of a symbol, valid or not, reduced to the touch and the depth.
-
-    bid, ask, bid_sz, ask_sz are `kernels.NO_LEVEL` where the side is empty; bid_depth and ask_depth
-    are sums of the first levels; tick is the tick size in price units.
-    """
-
-    ts: np.ndarray
-    bid: np.ndarray
-    ask: np.ndarray
-    bid_sz: np.ndarray
-    ask_sz: np.ndarray
-    bid_depth: np.ndarray
-    ask_depth: np.ndarray
-    tick: np.ndarray
 
 
 class _Part(NamedTuple):
@@ -144,10 +116,10 @@ class SymbolLake:
             names = file.schema_arrow.names
             if "symbol_id" not in names:
                 raise LakeError(f"{path}: column symbol_id is missing, found {', '.join(names)}")
-            column = file.metadata.schema.to_arrow_schema().get_field_index("symbol_id")
+            leaf = _leaf(file.metadata, "symbol_id")
             found = []
             for group in range(file.num_row_groups):
-                stats = file.metadata.row_group(group).column(_leaf(file, column)).statistics
+                stats = file.metadata.row_group(group).column(leaf).statistics
                 if stats is not None and stats.has_min_max:
                     if not any(stats.min <= key <= stats.max for key in self.symbol.ids):
                         continue
@@ -159,9 +131,15 @@ class SymbolLake:
                     found.append(group)
             return found
 
-    def read_trades(self, day: date) -> Trades:
-        """The day's trades.  Raises LakeError if there are none or a file is broken."""
-        chunks = list(self._scalars("trades", day, ["side", "price_int", "qty_int"]))
+    def read_trades(self, day: date, last: int | None = None) -> Trades:
+        """The day's trades, or at least the `last` of them where the file allows to read only those.
+
+        Raises LakeError if there are none or a file is broken.
+        """
+        parts = self._parts("trades", day)
+        if last is not None and len(parts) == 1:
+            parts = [_last_groups(parts[0], last)]
+        chunks = list(self._scalars(parts, day, ["side", "price_int", "qty_int"]))
         if not chunks:
             raise LakeError(self._absent("trades", day))
         columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
@@ -195,9 +173,9 @@ class SymbolLake:
             "Shorten the range, set on_bad_day=skip, or list the gaps with `clusterlob check`"
         )
 
-    def _scalars(self, table: str, day: date, names: list[str]) -> Iterator[dict[str, np.ndarray]]:
+    def _scalars(self, parts: list[_Part], day: date, names: list[str]) -> Iterator[dict[str, np.ndarray]]:
         """Plain columns of every part, filtered to the symbol, integers in common units."""
-        for path, groups in self._parts(table, day):
+        for path, groups in parts:
             columns = [*_ORDER, "symbol_id", *names]
             table_ = _read(path, groups, columns)
             chunk = {name: _int_column(table_[name], path, name) for name in columns}
@@ -236,12 +214,11 @@ class SymbolLake:
                 chunk[name] = np.where(missing, values, values * scales[kind])
         return chunk
 
-    def _quotes(self, day: date, depth: int) -> Iterator[dict[str, np.ndarray]]:
+    def _quotes(self, day: date, _depth: int) -> Iterator[dict[str, np.ndarray]]:
         names = ["bid_px_int", "ask_px_int", "bid_sz_int", "ask_sz_int"]
-        for chunk in self._scalars("quotes", day, names):
+        for chunk in self._scalars(self._parts("quotes", day), day, names):
             for short, long in zip(("bid", "ask", "bid_sz", "ask_sz"), names, strict=True):
                 chunk[short] = chunk.pop(long)
-            del depth
             chunk["bid_depth"] = np.maximum(chunk["bid_sz"], 0)
             chunk["ask_depth"] = np.maximum(chunk["ask_sz"], 0)
             yield chunk
@@ -293,15 +270,33 @@ def open_symbol(root: Path, exchange: str, name: str) -> SymbolLake:
     return SymbolLake(root, find_symbol(root, exchange, name))
 
 
+def _last_groups(part: _Part, rows: int) -> _Part:
+    """The last row groups with at least `rows` rows, if all earlier times are below theirs, else all."""
+    meta = pq.read_metadata(part.path)
+    leaf = _leaf(meta, "ts_local_us")
+    groups, held = list(part.row_groups), 0
+    for at in range(len(groups) - 1, 0, -1):
+        held += meta.row_group(groups[at]).num_rows
+        if held < rows:
+            continue
+        early, late = (
+            [meta.row_group(group).column(leaf).statistics for group in side]
+            for side in (groups[:at], groups[at:])
+        )
+        if all(stats is not None and stats.has_min_max for stats in early + late) and max(
+            stats.max for stats in early
+        ) < min(stats.min for stats in late):
+            return _Part(part.path, groups[at:])
+    return part
+
+
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _leaf(file: pq.ParquetFile, column: int) -> int:
-    """Index of a top-level column among the leaves of the Parquet schema."""
-    name = file.schema_arrow.names[column]
-    schema = file.metadata.schema
-    return next(i for i in range(len(schema)) if schema.column(i).path == name)
+def _leaf(meta: pq.FileMetaData, name: str) -> int:
+    """Index of a flat column among the leaves of the Parquet schema."""
+    return next(i for i in range(len(meta.schema)) if meta.schema.column(i).path == name)
 
 
 def _read(path: Path, groups: list[int], columns: list[str]) -> pa.Table:
