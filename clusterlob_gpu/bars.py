@@ -1,0 +1,96 @@
+"""Order-flow imbalance per bucket and cluster, in exact integers.
+
+A bucket [b, b + width) holds the trades with b <= ts < b + width, is labelled by its start and known
+at its end.  Buckets hold sums alone, so a day may be cut anywhere and its pieces added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from clusterlob_gpu import kernels
+from clusterlob_gpu.schema import US_PER_DAY
+
+ALL_CLUSTERS = -1
+
+
+@dataclass(frozen=True)
+class DayFlow:
+    """Integer sums of one day, (n_buckets, k) in the order of the model's clusters.
+
+    size = sum of s qty; trades and count = number of trades and sum of s; the notional
+    sum of s price qty is notional_high 2^32 + notional_low.
+    """
+
+    size: np.ndarray
+    trades: np.ndarray
+    count: np.ndarray
+    notional_high: np.ndarray
+    notional_low: np.ndarray
+
+
+def day_flow(
+    ts: np.ndarray,
+    sign: np.ndarray,
+    price: np.ndarray,
+    qty: np.ndarray,
+    label: np.ndarray,
+    *,
+    start: int,
+    width: int,
+    k: int,
+) -> DayFlow:
+    """Sum a day's labelled trades into its buckets; `start` is the day's first microsecond."""
+    n_buckets = US_PER_DAY // width
+    size, high, low = (np.zeros((n_buckets, k), np.int64) for _ in range(3))
+    count = np.zeros((n_buckets, k, 2), np.int64)
+    kernels.bucket_flow(ts, sign, price, qty, label, start, width, size, count, high, low)
+    return DayFlow(size, count[..., 0], count[..., 1], high, low)
+
+
+def flow_table(
+    flow: DayFlow, *, start: int, width: int, numbers: list[int], price_unit: float, qty_unit: float
+) -> pd.DataFrame:
+    """Buckets of a day in real units, a row per (bucket, cluster) and per bucket for all clusters.
+
+    Columns bucket_ts, cluster (-1 = all), n_trades, ofi_size = sum(s qty) in base units,
+    ofi_count = sum(s), ofi_notional = sum(s price qty) in quote units; 0 where nothing traded.
+    Each value is one rounding away from the exact integer sum.
+    """
+    n_buckets, k = flow.size.shape
+    notional = flow.notional_high.astype(object) * 2**32 + flow.notional_low.astype(object)
+    columns = {
+        "n_trades": flow.trades.astype(object),
+        "ofi_size": flow.size.astype(object),
+        "ofi_count": flow.count.astype(object),
+        "ofi_notional": notional,
+    }
+    table = pd.DataFrame(
+        {
+            "bucket_ts": np.repeat(start + width * np.arange(n_buckets, dtype=np.int64), k + 1),
+            "cluster": np.tile(np.array([ALL_CLUSTERS, *numbers], np.int8), n_buckets),
+        }
+    )
+    units = {"n_trades": 1, "ofi_size": qty_unit, "ofi_count": 1, "ofi_notional": price_unit * qty_unit}
+    for name, values in columns.items():
+        whole = np.concatenate([values.sum(axis=1, keepdims=True), values], axis=1).ravel()
+        table[name] = whole.astype(np.int64) if name == "n_trades" else whole.astype(np.float64) * units[name]
+    return table
+
+
+def empty_flow_table(*, start: int, width: int, numbers: list[int]) -> pd.DataFrame:
+    """Buckets of a day that the lake does not have: flow is null, not zero."""
+    n_buckets = US_PER_DAY // width
+    table = pd.DataFrame(
+        {
+            "bucket_ts": np.repeat(start + width * np.arange(n_buckets, dtype=np.int64), len(numbers) + 1),
+            "cluster": np.tile(np.array([ALL_CLUSTERS, *numbers], np.int8), n_buckets),
+        }
+    )
+    nothing = np.full(len(table), np.nan)
+    return table.assign(
+        n_trades=np.zeros(len(table), np.int64), ofi_size=nothing, ofi_count=nothing, ofi_notional=nothing
+    )

@@ -1,0 +1,361 @@
+"""K-means over days, names for its clusters, and the model that labels new days.
+
+The fit is Lloyd's algorithm as a map over days and a small reduce of float64 sums and counts.  Sums
+are made per day in row order and added in day order, so the result does not depend on the number of
+workers.  All engines start from the same centres, drawn on the host from a seeded sample of rows.
+
+A day's z-scores are (6, n) float32 with columns apart, in the order of `Z_FEATURES`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
+
+from clusterlob_gpu import kernels
+from clusterlob_gpu.errors import ClusterlobError, InputError
+from clusterlob_gpu.schema import FEATURES, Z_FEATURES
+
+SAMPLE_ROWS = 200_000
+"""Rows on which the starting centres are fitted."""
+
+SHIFT_TOLERANCE = 1e-8
+"""Lloyd ends when the squared shift of all centres together is at most this."""
+
+MAX_PASSES = 300
+
+PASSIVE, OPPORTUNISTIC, DIRECTIONAL = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Per-feature clipping bounds of z, float64 of length 6; infinite where z is not clipped."""
+
+    low: np.ndarray
+    high: np.ndarray
+
+    @classmethod
+    def none(cls) -> Self:
+        """Bounds that clip nothing."""
+        return cls(np.full(len(Z_FEATURES), -np.inf), np.full(len(Z_FEATURES), np.inf))
+
+    def clip(self, z: np.ndarray) -> np.ndarray:
+        """z (6, n) with every column clipped."""
+        out = np.empty_like(z)
+        kernels.clip_columns(z, self.low.astype(z.dtype), self.high.astype(z.dtype), out)
+        return out
+
+
+@dataclass(frozen=True)
+class Partial:
+    """One day's share of a Lloyd pass."""
+
+    sums: np.ndarray
+    counts: np.ndarray
+    inertia: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Centres (k, 6) float64, in no particular order, and how they were reached."""
+
+    centroids: np.ndarray
+    counts: np.ndarray
+    inertia: float
+    passes: int
+    converged: bool
+
+
+def sample_rows(n: int, total: int, seed: int, day_number: int) -> np.ndarray:
+    """Sorted row numbers of a day for the sample: its share of `SAMPLE_ROWS` of all `total` rows.
+
+    Depends on the seed, the day and the counts alone.
+    """
+    size = n if total <= SAMPLE_ROWS else max(1, round(SAMPLE_ROWS * n / total)) if n else 0
+    rng = np.random.default_rng([seed, day_number])
+    return np.sort(rng.choice(n, size=min(size, n), replace=False))
+
+
+def starting_centres(sample: np.ndarray, k: int, seed: int, n_init: int) -> np.ndarray:
+    """K-means++ and Lloyd on a sample (6, m), best of `n_init` starts: centres (k, 6) float64.
+
+    Raises InputError if the sample has fewer than k distinct rows.
+    """
+    rows = np.ascontiguousarray(sample.T, dtype=np.float64)
+    distinct = len(np.unique(rows, axis=0))
+    if distinct < k:
+        raise InputError(
+            f"k = {k}: the training days have only {distinct} distinct feature rows of {len(rows)}; "
+            "use a smaller k, a shorter window or more days"
+        )
+    # One thread: the order of float sums, hence the last digit, must not depend on the machine.
+    with threadpool_limits(limits=1):
+        model = KMeans(k, init="k-means++", n_init=n_init, random_state=seed, max_iter=MAX_PASSES, tol=1e-6)
+        return model.fit(rows).cluster_centers_
+
+
+def partial(z: np.ndarray, bounds: Bounds, centroids: np.ndarray) -> Partial:
+    """One Lloyd pass over one day."""
+    sums = np.zeros_like(centroids)
+    counts = np.zeros(len(centroids), np.int64)
+    inertia = kernels.lloyd_partial(z, bounds.low, bounds.high, centroids, sums, counts)
+    return Partial(sums, counts, inertia)
+
+
+def lloyd(centroids: np.ndarray, one_pass: Callable[[np.ndarray], Sequence[Partial]]) -> Fit:
+    """Lloyd's algorithm from `centroids`; `one_pass` gives the days' partials in day order.
+
+    A centre without rows stays where it is.
+    """
+    for passes in range(1, MAX_PASSES + 1):
+        parts = one_pass(centroids)
+        counts = np.sum([part.counts for part in parts], axis=0)
+        sums = np.zeros_like(centroids)
+        for part in parts:
+            sums += part.sums
+        inertia = float(np.sum([part.inertia for part in parts]))
+        moved = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centroids)
+        shift = float(((moved - centroids) ** 2).sum())
+        centroids = moved
+        if shift <= SHIFT_TOLERANCE:
+            return Fit(centroids, counts, inertia, passes, True)
+    return Fit(centroids, counts, inertia, MAX_PASSES, False)
+
+
+def fit_sklearn(z: np.ndarray, centroids: np.ndarray) -> Fit:
+    """The same fit by scikit-learn on the merged, clipped rows z (6, n), which must fit in memory."""
+    with threadpool_limits(limits=1):
+        model = KMeans(len(centroids), init=centroids, n_init=1, max_iter=MAX_PASSES, tol=1e-9)
+        labels = model.fit_predict(z.T.astype(np.float64))
+    counts = np.bincount(labels, minlength=len(centroids))
+    centres = model.cluster_centers_
+    return Fit(centres, counts, float(model.inertia_), int(model.n_iter_), bool(model.n_iter_ < MAX_PASSES))
+
+
+def scores(centroids: np.ndarray) -> np.ndarray:
+    """z_sbs - z_obs of every centroid: how much thicker its own side is than the opposite one."""
+    return centroids[:, FEATURES.index("sbs")] - centroids[:, FEATURES.index("obs")]
+
+
+def roles(centroids: np.ndarray) -> np.ndarray:
+    """Cluster number of every centroid by the naming rule.
+
+    The largest score is 1, the smallest 2; of the rest the largest z_t_m is 0 and further ones are
+    3, 4, ... by falling z_t_m.  Ties go to the first centroid in lexicographic order of its values.
+    """
+    k = len(centroids)
+    first = np.lexsort(centroids.T[::-1])
+    score, stable = scores(centroids), centroids[:, FEATURES.index("t_m")]
+    role = np.full(k, -1)
+    by_score = first[np.argsort(-score[first], kind="stable")]
+    role[by_score[0]], role[by_score[-1]] = OPPORTUNISTIC, DIRECTIONAL
+    rest = [c for c in first if role[c] < 0]
+    rest.sort(key=lambda c: -stable[c])
+    for number, c in zip([PASSIVE, *range(3, k)], rest, strict=False):
+        role[c] = number
+    return role
+
+
+def cluster_numbers(k: int) -> list[int]:
+    """Numbers that the naming rule gives out for k clusters, ascending."""
+    return sorted([OPPORTUNISTIC, DIRECTIONAL, *([PASSIVE] if k > 2 else []), *range(3, k)])
+
+
+def names(centroids: np.ndarray, numbers: Sequence[int], margin: float) -> list[str]:
+    """Name of every cluster; a role whose score does not pass the margin is "unassigned"."""
+    named = []
+    for number, score in zip(numbers, scores(centroids), strict=True):
+        if number == OPPORTUNISTIC:
+            named.append("opportunistic" if score > margin else "unassigned")
+        elif number == DIRECTIONAL:
+            named.append("directional" if score < -margin else "unassigned")
+        else:
+            named.append("passive" if number == PASSIVE else f"other {number}")
+    return named
+
+
+def swap_sides(centroids: np.ndarray) -> np.ndarray:
+    """The same centroids under the other side convention, which exchanges sbs and obs."""
+    order = list(range(len(FEATURES)))
+    same, opposite = FEATURES.index("sbs"), FEATURES.index("obs")
+    order[same], order[opposite] = opposite, same
+    return centroids[:, order]
+
+
+def names_other_side(centroids: np.ndarray, margin: float) -> list[str]:
+    """Name that every cluster would have under the other side convention."""
+    swapped = swap_sides(centroids)
+    return names(swapped, roles(swapped).tolist(), margin)
+
+
+def high_counts(z: np.ndarray) -> np.ndarray:
+    """Histogram (6, 65536) of the upper 16 bits of a day's z, in the order of the floats."""
+    counts = np.zeros((len(z), 1 << 16), np.int64)
+    for column, into in zip(z, counts, strict=True):
+        kernels.count_high_bits(column.view(np.uint32), into)
+    return counts
+
+
+def low_counts(z: np.ndarray, bins: np.ndarray) -> np.ndarray:
+    """Histograms (6, m, 65536) of the lower 16 bits of the values in the bins (6, m)."""
+    counts = np.zeros((*bins.shape, 1 << 16), np.int64)
+    for column, wanted, into in zip(z, bins, counts, strict=True):
+        for bin_, row in zip(wanted, into, strict=True):
+            kernels.count_low_bits(column.view(np.uint32), bin_, row)
+    return counts
+
+
+def winsor_bounds(
+    quantiles: tuple[float, float],
+    high: np.ndarray,
+    low_pass: Callable[[np.ndarray], np.ndarray],
+) -> Bounds:
+    """Exact quantiles (linear interpolation) of float32 z over many days, from counts that add up.
+
+    `high` is the sum of the days' `high_counts`; `low_pass(bins)` gives the sum of their `low_counts`.
+    """
+    n = int(high[0].sum())
+    position = np.array(quantiles) * (n - 1)
+    lower = np.floor(position).astype(np.int64)
+    ranks = np.concatenate([lower, np.minimum(lower + 1, n - 1)])
+    bins, inside = _locate(high[:, None, :].repeat(len(ranks), axis=1), ranks)
+    low, _ = _locate(low_pass(bins.astype(np.uint32)), inside)
+    bits = (bins.astype(np.uint32) << np.uint32(16)) | low.astype(np.uint32)
+    sign = bits >> np.uint32(31) == 1
+    values = np.where(sign, bits & np.uint32(0x7FFFFFFF), ~bits).astype(np.uint32).view(np.float32)
+    left, right = values.astype(np.float64).reshape(len(high), 2, 2).transpose(1, 0, 2)
+    bounds = left + (right - left) * (position - lower)
+    return Bounds(bounds[:, 0].copy(), bounds[:, 1].copy())
+
+
+def _locate(counts: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bin (6, m) in which each rank falls, and the rank inside it; counts are (6, m, bins)."""
+    upto = counts.cumsum(axis=-1)
+    ranks = np.broadcast_to(ranks, counts.shape[:2])
+    bins = (upto <= ranks[..., None]).sum(axis=-1)
+    before = np.take_along_axis(upto - counts, bins[..., None], axis=-1)[..., 0]
+    return bins, ranks - before
+
+
+@dataclass(frozen=True)
+class Model:
+    """A fitted clustering of one symbol: enough to label new days without fitting."""
+
+    symbol: str
+    exchange: str
+    centroids: np.ndarray
+    """(k, 6) float64, in the order of `numbers`."""
+    numbers: list[int]
+    labels: list[str]
+    bounds: Bounds
+    train_days: list[str]
+    features: dict[str, Any]
+    """The config fields that the features depend on."""
+    margin: float = 0.0
+    fit: dict[str, Any] = field(default_factory=dict)
+
+    def label(self, z: np.ndarray) -> np.ndarray:
+        """Position in `numbers` of every row of z (6, n): the nearest centroid, the first at ties."""
+        label = np.empty(z.shape[1], np.int64)
+        kernels.nearest_centroid(self.bounds.clip(z), self.centroids, label)
+        return label
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; infinite bounds are left out."""
+        values = asdict(self) | {"centroids": self.centroids.tolist(), "feature_order": list(Z_FEATURES)}
+        clipped = bool(np.isfinite(self.bounds.low).all())
+        bounds = {"low": self.bounds.low.tolist(), "high": self.bounds.high.tolist()}
+        return values | {"bounds": bounds if clipped else None}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], where: str) -> Self:
+        """The inverse of `as_json`; raises InputError naming the field that is wrong."""
+        values = dict(values)
+        try:
+            order = values.pop("feature_order")
+            centroids = np.array(values.pop("centroids"), dtype=np.float64)
+            bounds = values.pop("bounds")
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{where}: not a model: {error}") from None
+        if tuple(order) != Z_FEATURES or centroids.ndim != 2 or centroids.shape[1] != len(Z_FEATURES):
+            raise InputError(f"{where}: centroids must be k x {len(Z_FEATURES)} in the order {Z_FEATURES}")
+        if not np.isfinite(centroids).all():
+            raise InputError(f"{where}: centroids hold values that are not finite")
+        held = Bounds.none() if bounds is None else Bounds(*(np.array(bounds[side]) for side in ("low", "high")))
+        try:
+            return cls(centroids=centroids, bounds=held, **values)
+        except TypeError as error:
+            raise InputError(f"{where}: not a model of this version: {error}") from None
+
+
+def make_model(fit: Fit, margin: float, bounds: Bounds, **where: Any) -> Model:
+    """Name the clusters of a fit and put them in the order of their numbers."""
+    role = roles(fit.centroids)
+    order = np.argsort(role, kind="stable")
+    centroids, numbers = fit.centroids[order], role[order].tolist()
+    how = {"inertia": fit.inertia, "passes": fit.passes, "converged": fit.converged}
+    labels = names(centroids, numbers, margin)
+    counts = [int(count) for count in fit.counts[order]]
+    return Model(
+        centroids=centroids,
+        numbers=numbers,
+        labels=labels,
+        bounds=bounds,
+        margin=margin,
+        fit=how | {"counts": counts, "rows": sum(counts)},
+        **where,
+    )
+
+
+def track(model: Model, previous: Model | None) -> pd.DataFrame:
+    """Each cluster's match in the previous window: Hungarian assignment on centroid distance.
+
+    Columns cluster, matched (number in the previous window), drift (Euclidean distance to it, in z),
+    agrees (the match has the same number); nulls in the first window.
+    """
+    table = pd.DataFrame({"cluster": model.numbers})
+    if previous is None or len(previous.numbers) != len(model.numbers):
+        nothing = [None] * len(table)
+        return table.assign(
+            matched=pd.array(nothing, "Int64"), drift=np.nan, agrees=pd.array(nothing, "boolean")
+        )
+    distance = np.linalg.norm(model.centroids[:, None] - previous.centroids[None], axis=2)
+    mine, theirs = linear_sum_assignment(distance)
+    matched = np.array(previous.numbers)[theirs]
+    return table.assign(
+        matched=pd.array(matched, "Int64"),
+        drift=distance[mine, theirs],
+        agrees=pd.array(matched == np.array(model.numbers), "boolean"),
+    )
+
+
+def write_models(models: Sequence[Model], path: Path) -> None:
+    """Write model.json, one entry per symbol."""
+    text = json.dumps({"version": 1, "models": [model.as_json() for model in models]}, indent=1)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def read_models(path: Path) -> dict[str, Model]:
+    """Models of a model.json by symbol; raises InputError naming the file and what is wrong."""
+    try:
+        content = json.loads(path.read_text())
+        entries = content["models"]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: not a model.json; take the one that `run cluster` wrote") from None
+    models = [Model.from_json(entry, str(path)) for entry in entries]
+    if not models:
+        raise ClusterlobError(f"{path}: holds no model")
+    return {model.symbol: model for model in models}

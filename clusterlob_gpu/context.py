@@ -1,0 +1,166 @@
+"""The book as a trade can know it: valid rows, the times of the last changes, the state at midnight.
+
+A day of book rows is reduced once to flat columns (`valid_rows`).  What a day needs from the days
+before it is a `BookCarry`: the last valid row and the times of the last changes.  Carries are folded
+from `BookSummary`s, which are tiny, so that days can be reduced in any order on any worker.
+
+Units: times in us UTC, prices and sizes in the symbol's integer units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+
+from clusterlob_gpu import kernels
+from clusterlob_gpu.kernels import NO_TIME
+from clusterlob_gpu.schema import BookRows, Context
+
+FAULTS = {kernels.EMPTY_SIDE: "empty_side", kernels.NON_POSITIVE: "non_positive", kernels.CROSSED: "crossed"}
+"""Reasons for which a book row is skipped, in the order in which they are asked."""
+
+ROW_COLUMNS = ("ts", "bid", "ask", "bid_sz", "ask_sz", "bid_depth", "ask_depth", "tick")
+
+
+def valid_rows(rows: BookRows) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Valid book rows as flat columns, and how many were skipped by reason.
+
+    A row is skipped if a side is empty, if a price or size at level 1 is not positive, or if
+    bid >= ask.  Gives the columns `ROW_COLUMNS` (int64, tick float64) in the order of the input.
+    """
+    fault = np.empty(len(rows.ts), np.uint8)
+    kernels.book_fault(rows.bid, rows.ask, rows.bid_sz, rows.ask_sz, fault)
+    counts = np.bincount(fault, minlength=4)
+    skipped = {name: int(counts[code]) for code, name in FAULTS.items()}
+    columns = {name: getattr(rows, name) for name in ROW_COLUMNS}
+    if counts[0] < len(fault):
+        keep = fault == 0
+        columns = {name: values[keep] for name, values in columns.items()}
+    return pd.DataFrame(columns, copy=False), skipped
+
+
+@dataclass(frozen=True)
+class BookCarry:
+    """Book state at the end of a day: the last valid row, and when each price last changed.
+
+    A change time is NO_TIME before the first change that the unbroken chain of days has seen.
+    """
+
+    ts: int
+    bid: int
+    ask: int
+    bid_sz: int
+    ask_sz: int
+    bid_depth: int
+    ask_depth: int
+    tick: float
+    mid_change: int
+    bid_change: int
+    ask_change: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether all change times are known, so that no earlier day could alter this state."""
+        return NO_TIME not in (self.mid_change, self.bid_change, self.ask_change)
+
+
+@dataclass(frozen=True)
+class BookSummary:
+    """What a day adds to the carry: its first and last valid rows, and the changes inside it."""
+
+    first: dict[str, Any] | None
+    last: dict[str, Any] | None
+    mid_change: int
+    bid_change: int
+    ask_change: int
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain values for a JSON record."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Self:
+        """The inverse of `as_record`."""
+        return cls(**record)
+
+
+def summarise(rows: pd.DataFrame) -> BookSummary:
+    """Summary of a day's valid rows."""
+    if rows.empty:
+        return BookSummary(None, None, NO_TIME, NO_TIME, NO_TIME)
+    mid, bid, ask = change_times(rows, None)
+    first, last = (_plain(rows.iloc[i].to_dict()) for i in (0, -1))
+    return BookSummary(first, last, int(mid[-1]), int(bid[-1]), int(ask[-1]))
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: float(value) if name == "tick" else int(value) for name, value in row.items()}
+
+
+def fold(carry: BookCarry | None, day: BookSummary) -> BookCarry | None:
+    """Carry after a day, given the carry before it; None where the chain has had no valid row."""
+    if day.first is None or day.last is None:
+        return carry
+    if carry is None:
+        return BookCarry(**day.last, **_changes(day, NO_TIME, NO_TIME, NO_TIME))
+    first = day.first
+    moved = {
+        "mid_change": first["bid"] + first["ask"] != carry.bid + carry.ask,
+        "bid_change": first["bid"] != carry.bid,
+        "ask_change": first["ask"] != carry.ask,
+    }
+    before = {name: first["ts"] if moved[name] else getattr(carry, name) for name in moved}
+    return BookCarry(**day.last, **_changes(day, **before))
+
+
+def _changes(day: BookSummary, mid_change: int, bid_change: int, ask_change: int) -> dict[str, int]:
+    """The day's own last changes, else those known before."""
+    before = {"mid_change": mid_change, "bid_change": bid_change, "ask_change": ask_change}
+    own = {name: getattr(day, name) for name in before}
+    return {name: own[name] if own[name] != NO_TIME else before[name] for name in before}
+
+
+def with_carry(rows: pd.DataFrame, carry: BookCarry | None) -> pd.DataFrame:
+    """The day's valid rows, with the last row of the days before in front where there is one."""
+    if carry is None:
+        return rows
+    front = pd.DataFrame({name: [getattr(carry, name)] for name in ROW_COLUMNS})
+    return pd.concat([front, rows], ignore_index=True)
+
+
+def change_times(rows: pd.DataFrame, carry: BookCarry | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Times (us) of the last change of mid, best bid and best ask at every row of `rows`.
+
+    `rows` is the result of `with_carry`.  A change compares integers with the row before; the mid
+    changes when bid + ask does.  NO_TIME before the first change.
+    """
+    ts, bid, ask = (rows[name].to_numpy() for name in ("ts", "bid", "ask"))
+    known = (carry.mid_change, carry.bid_change, carry.ask_change) if carry else (NO_TIME,) * 3
+    changes = []
+    for value, since in zip((bid + ask, bid, ask), known, strict=True):
+        out = np.empty(len(ts), np.int64)
+        kernels.last_changes(ts, value, since, out)
+        changes.append(out)
+    return changes[0], changes[1], changes[2]
+
+
+def make_context(rows: pd.DataFrame, carry: BookCarry | None, qty_unit: float, spread: str) -> Context:
+    """Context columns of a day from its valid rows and the state it starts from."""
+    rows = with_carry(rows, carry)
+    mid_change, bid_change, ask_change = change_times(rows, carry)
+    bid, ask = rows["bid"].to_numpy(), rows["ask"].to_numpy()
+    width = (ask - bid).astype(np.float64)
+    return Context(
+        ts=rows["ts"].to_numpy(),
+        mid2=bid + ask,
+        touch_qty=rows["bid_sz"].to_numpy() + rows["ask_sz"].to_numpy(),
+        log_bid=np.log1p(rows["bid_depth"].to_numpy() * qty_unit),
+        log_ask=np.log1p(rows["ask_depth"].to_numpy() * qty_unit),
+        spread=width / rows["tick"].to_numpy() if spread == "ticks" else 2e4 * width / (bid + ask),
+        mid_change=mid_change,
+        bid_change=bid_change,
+        ask_change=ask_change,
+    )

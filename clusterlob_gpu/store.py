@@ -1,0 +1,147 @@
+"""What a run leaves behind: artefacts of days, the run directory, and the ledger of runs.
+
+An artefact is a directory named by the hash of everything that went into it.  It is written under a
+temporary name and renamed, so it is either whole or absent; whoever comes second keeps the first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from filelock import FileLock
+
+from clusterlob_gpu.errors import InputError
+
+_RECORD = "record.json"
+
+
+def source_hash(modules: Iterable[ModuleType]) -> str:
+    """Hash of the modules' source: the code version of a stage."""
+    digest = hashlib.sha256()
+    for module in modules:
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()
+
+
+def artefact_key(**parts: Any) -> str:
+    """Name of an artefact: SHA-256 of the canonical JSON of what goes into it."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+
+
+def array_hash(array: np.ndarray) -> str:
+    """SHA-256 of an array's shape and bytes."""
+    return hashlib.sha256(str(array.shape).encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+class Store:
+    """Artefacts by stage and key below one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+
+    def path(self, stage: str, key: str) -> Path:
+        """Directory of an artefact, whether it exists or not."""
+        return self.root / stage / key[:2] / key
+
+    def record(self, stage: str, key: str) -> dict[str, Any] | None:
+        """The artefact's record, or None where it is absent or any of its files is damaged."""
+        folder = self.path(stage, key)
+        try:
+            record = json.loads((folder / _RECORD).read_text())
+            whole = all((folder / name).stat().st_size == size for name, size in record["files"].items())
+        except (OSError, ValueError, KeyError, AttributeError):
+            return None
+        return record if whole else None
+
+    def write(self, stage: str, key: str, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """Make an artefact: `fill` writes its files into a folder and returns its record."""
+        final = self.path(stage, key)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        folder = final.with_name(f".{key}.{uuid.uuid4().hex}")
+        folder.mkdir()
+        try:
+            record = fill(folder)
+            record["files"] = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
+            (folder / _RECORD).write_text(json.dumps(record))
+            return self._commit(folder, final, record)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _commit(self, folder: Path, final: Path, record: dict[str, Any]) -> dict[str, Any]:
+        try:
+            os.rename(folder, final)
+        except OSError:
+            present = self.record(final.parent.parent.name, final.name)
+            if present is not None:
+                return present
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(folder, final)
+        return record
+
+
+def save_columns(folder: Path, **columns: np.ndarray) -> None:
+    """Write arrays as .npy files, which `load_column` maps without copying."""
+    for name, values in columns.items():
+        np.save(folder / f"{name}.npy", values)
+
+
+def load_column(folder: Path, name: str) -> np.ndarray:
+    """An array written by `save_columns`, mapped from its file."""
+    mapped = np.load(folder / f"{name}.npy", mmap_mode="c")
+    return np.asarray(mapped)
+
+
+class RunDirectory:
+    """A run's output: made in a hidden sibling folder, put in place whole by `publish`."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = Path(out).absolute()
+        if self.out.exists() and not (self.out / "run.json").exists() and (
+            not self.out.is_dir() or any(self.out.iterdir())
+        ):
+            raise InputError(f"--out {self.out}: exists and is not a run; choose an empty or new directory")
+        self.work = self.out.with_name(f".{self.out.name}.{uuid.uuid4().hex[:8]}.partial")
+
+    def __enter__(self) -> RunDirectory:
+        (self.work / "results").mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def write_table(self, name: str, table: pd.DataFrame) -> None:
+        """Write results/<name>.parquet."""
+        table.to_parquet(self.work / "results" / f"{name}.parquet", index=False)
+
+    def write_run(self, values: dict[str, Any]) -> None:
+        """Write run.json."""
+        (self.work / "run.json").write_text(json.dumps(values, indent=1, default=str) + "\n")
+
+    def publish(self) -> None:
+        """Put the finished directory in place of whatever run stood there."""
+        old = self.out.with_name(f".{self.out.name}.{uuid.uuid4().hex[:8]}.old")
+        if self.out.exists():
+            os.rename(self.out, old)
+        os.rename(self.work, self.out)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def append_ledger(out_root: Path, line: dict[str, Any]) -> None:
+    """Append one line to logs/runs.jsonl in one write, under a lock, and flush it to disk."""
+    folder = Path(out_root) / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(line, default=str) + "\n"
+    with FileLock(folder / ".runs.lock"), (folder / "runs.jsonl").open("a") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
