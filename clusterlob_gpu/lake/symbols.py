@@ -23,6 +23,7 @@ from clusterlob_gpu.errors import LakeError
 from clusterlob_gpu.schema import DIM_SYMBOL, EXCHANGE_IDS
 
 DIM_SYMBOL_FILE = "dim_symbol.parquet"
+QUOTE_ASSETS = ("USDT", "USDC", "BUSD", "USD", "BTC", "ETH")
 
 
 def exchange_id(exchange: str) -> int:
@@ -111,12 +112,25 @@ def read_dim_symbol(lake: Path) -> pd.DataFrame:
 def write_dim_symbol(lake: Path, rows: pd.DataFrame) -> None:
     """Replace `dim_symbol` in one step, sorted by exchange, symbol and validity."""
     path = Path(lake) / DIM_SYMBOL_FILE
-    rows = rows.sort_values(["exchange", "exchange_symbol", "valid_from_ts"], kind="stable")
-    table = pa.Table.from_pandas(rows[DIM_SYMBOL.names], schema=DIM_SYMBOL, preserve_index=False)
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, temporary)
+    pq.write_table(dim_symbol_table(rows), temporary)
     temporary.replace(path)
+
+
+def dim_symbol_table(rows: pd.DataFrame) -> pa.Table:
+    """The rows as they are stored: sorted by exchange, symbol and validity."""
+    rows = rows.sort_values(["exchange", "exchange_symbol", "valid_from_ts"], kind="stable")
+    return pa.Table.from_pandas(rows[DIM_SYMBOL.names], schema=DIM_SYMBOL, preserve_index=False)
+
+
+def split_assets(name: str) -> tuple[str | None, str | None]:
+    """Base and quote asset of a name such as BTCUSDT or ETH-USD; (None, None) where it does not tell."""
+    for quote in QUOTE_ASSETS:
+        base = name.upper().removesuffix(quote).rstrip("-_")
+        if name.upper().endswith(quote) and base:
+            return base, quote
+    return None, None
 
 
 def find_symbol(lake: Path, exchange: str, name: str) -> Symbol:
