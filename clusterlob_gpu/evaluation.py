@@ -473,7 +473,7 @@ def markout_table(sums: pd.DataFrame, *, width_us: int) -> pd.DataFrame:
     Parameters
     ----------
     sums : one symbol; a row per (bucket_ts, cluster, horizon_us) with n = trades that have a mark-out and
-        sum_bps = sum over them of sign * 1e4 * ln(mid(t + h) / mid(t)).  No row: no trades.
+        sum_bps = sum over them of 1e4 s (mid(t + h) - mid(t)) / mid(t).  No row: no trades.
     width_us : length of a bucket
 
     Returns

@@ -1,0 +1,411 @@
+"""Figures of a cluster run: tables of one symbol in, a matplotlib Figure out.
+
+Every picture states what it counts (n), draws the interval of every estimate and a line at zero, and carries
+the stamp IN SAMPLE when the clusters were fitted on the days that are shown.  A cluster has one colour
+throughout.  Figures are objects: no global state, no display.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from clusterlob_gpu.config import format_duration
+from clusterlob_gpu.evaluation import ALL_CLUSTERS, OFI_KINDS
+from clusterlob_gpu.schema import US_PER_DAY, Z_FEATURES
+
+WIDTH_IN, DPI = 7.6, 150
+_CAPTION_CHARS = 120
+INK, FAINT, STAMP = "#222831", "#d8dde3", "#b3261e"
+_ALL = "#3c4450"
+_ROLES = {0: "#4477aa", 1: "#228833", 2: "#cc6644"}
+_FURTHER = ("#aa3377", "#ccaa33", "#66bbdd", "#7755aa", "#999933", "#bb5577", "#558888")
+
+SIDES = {"own": "consumed", "consumed": "own"}
+
+
+@dataclass(frozen=True)
+class View:
+    """The tables of one symbol and what is said of all of them."""
+
+    symbol: str
+    info: dict[str, Any]
+    """run.json"""
+    centroids: pd.DataFrame
+    buckets: pd.DataFrame
+    ic: pd.DataFrame
+    markouts: pd.DataFrame
+
+    @property
+    def in_sample(self) -> bool:
+        return self.info["sample"] == "in_sample"
+
+    @property
+    def latest(self) -> pd.DataFrame:
+        """Centroids of the last window, by cluster."""
+        last = self.centroids["window_id"].max()
+        return self.centroids[self.centroids["window_id"] == last].sort_values("cluster")
+
+    @property
+    def walks(self) -> bool:
+        return len(set(self.centroids["window_id"])) > 1
+
+    @property
+    def side(self) -> str:
+        return str(self.info["config"]["same_side"])
+
+    def name(self, cluster: int) -> str:
+        """Number and name, as in the legends: `1 opportunistic`."""
+        if cluster == ALL_CLUSTERS:
+            return "all clusters"
+        named = self.latest.set_index("cluster")["label"]
+        return f"{cluster} {named.get(cluster, '')}".strip()
+
+
+def colour(cluster: int) -> str:
+    """The cluster's colour; the three roles and the aggregate have fixed ones."""
+    if cluster == ALL_CLUSTERS:
+        return _ALL
+    return _ROLES.get(cluster, _FURTHER[(cluster - 3) % len(_FURTHER)])
+
+
+def _figure(view: View, title: str, caption: str, height: float) -> Figure:
+    figure = Figure(figsize=(WIDTH_IN, height), dpi=DPI, facecolor="white")
+    figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.06)
+    figure.suptitle(f"{view.symbol}: {title}", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure.supxlabel(fill(caption, _CAPTION_CHARS), x=0.01, ha="left", fontsize=8, color="#59636e")
+    if view.in_sample:
+        box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": STAMP}
+        figure.text(
+            0.99, 1 - 0.1 / height, "IN SAMPLE", ha="right", va="top", fontsize=9, color=STAMP, bbox=box
+        )
+    return figure
+
+
+def _plain(axes: Axes, ylabel: str = "", zero: bool = True) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#9aa4af")
+    axes.tick_params(labelsize=8, color="#9aa4af")
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    if zero:
+        axes.axhline(0, color=INK, linewidth=0.9)
+
+
+def _legend(axes: Axes, entries: int) -> None:
+    axes.legend(
+        fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=1 + entries // 16
+    )
+
+
+def _clusters(table: pd.DataFrame) -> list[int]:
+    """Cluster numbers, the aggregate last."""
+    found = sorted(int(c) for c in table["cluster"].unique())
+    return [c for c in found if c != ALL_CLUSTERS] + [c for c in found if c == ALL_CLUSTERS]
+
+
+def _spread(count: int, width: float) -> np.ndarray:
+    """Offsets that put `count` marks side by side around 0."""
+    return (np.arange(count) - (count - 1) / 2) * width / max(count, 1)
+
+
+def centroids(view: View) -> Figure:
+    """Heatmap of the mean z of every feature in every cluster."""
+    table = view.latest
+    values = table[list(Z_FEATURES)].to_numpy(np.float64)
+    window = f"window {table['window_id'].iloc[0]}, " if view.walks else ""
+    caption = (
+        f"{window}n = {table['count'].sum():,} trades. Mean z-score over the cluster's trades; "
+        f"sbs on the side: {view.side}, spread in {view.info['config']['spread']}."
+    )
+    figure = _figure(view, "centroids", caption, 1.7 + 0.42 * len(table))
+    axes = figure.add_subplot()
+    bound = max(float(np.nanmax(np.abs(values))), 1e-9)
+    image = axes.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        shade = "white" if abs(value) > 0.6 * bound else INK
+        axes.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize=9, color=shade)
+    axes.set_xticks(range(len(Z_FEATURES)), Z_FEATURES, fontsize=9)
+    axes.set_yticks(range(len(table)), [view.name(int(c)) for c in table["cluster"]], fontsize=9)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, pad=0.01).ax.tick_params(labelsize=8)
+    return figure
+
+
+def shares(view: View) -> Figure:
+    """Share of the trades in each cluster."""
+    table = view.latest
+    caption = f"n = {table['count'].sum():,} trades" + (
+        ", training days of the last window." if view.walks else "."
+    )
+    figure = _figure(view, "share of trades per cluster", caption, 1.4 + 0.36 * len(table))
+    axes = figure.add_subplot()
+    at = np.arange(len(table))[::-1]
+    percent = 100 * table["share"].to_numpy(np.float64)
+    axes.barh(at, percent, color=[colour(int(c)) for c in table["cluster"]], height=0.65)
+    for y, value, count in zip(at, percent, table["count"], strict=True):
+        axes.text(value + 0.6, y, f"{value:.1f} %   {count:,}", va="center", fontsize=8.5, color=INK)
+    _plain(axes, zero=False)
+    axes.grid(axis="x", color=FAINT, linewidth=0.6)
+    axes.grid(axis="y", visible=False)
+    axes.set_yticks(at, [view.name(int(c)) for c in table["cluster"]], fontsize=9)
+    axes.set_xlim(0, min(1.28 * percent.max(), 128))
+    axes.set_xlabel("% of trades", fontsize=9)
+    return figure
+
+
+def ic_bars(view: View, target: str = "frnb") -> Figure:
+    """IC of every cluster's flow on one target, with bootstrap intervals and the detectable band."""
+    rows = view.ic[view.ic["target"] == target]
+    caption = (
+        f"n = {_range(rows['n'])} buckets of {view.info['config']['bucket']}. "
+        "Whiskers: 95 % block bootstrap. Grey band: IC too small to be found with 80 % power."
+    )
+    figure = _figure(view, f"IC of order flow imbalance on {target}", caption, 3.6)
+    panels = figure.subplots(1, len(OFI_KINDS), sharey=True)
+    for axes, kind in zip(panels, OFI_KINDS, strict=True):
+        mine = rows[rows["signal"] == kind]
+        order = _clusters(mine)
+        for x, cluster in enumerate(order):
+            row = mine[mine["cluster"] == cluster].iloc[0]
+            axes.fill_between([x - 0.45, x + 0.45], -row["mde"], row["mde"], color="#e3e7ec", linewidth=0)
+            axes.bar(x, row["ic"], width=0.55, color=colour(cluster), alpha=0.85, label=view.name(cluster))
+            axes.vlines(x, row["ci_low"], row["ci_high"], color=INK, linewidth=1.3)
+        _plain(axes, "IC (Pearson)" if kind == OFI_KINDS[0] else "")
+        axes.set_title(kind, fontsize=9.5, loc="left")
+        numbers = ["all" if c == ALL_CLUSTERS else str(c) for c in order]
+        axes.set_xticks(range(len(order)), numbers, fontsize=9 if len(order) <= 12 else 6)
+    _legend(panels[-1], len(order))
+    return figure
+
+
+def ic_horizons(view: View, kind: str = "ofi_size") -> Figure:
+    """IC of one kind of imbalance at every horizon."""
+    rows = view.ic[(view.ic["signal"] == kind) & view.ic["predictive"].astype(bool)]
+    targets = distinct_targets(rows)
+    order = _clusters(rows)
+    caption = (
+        f"n = {_range(rows['n'])} buckets. Whiskers: 95 % block bootstrap. "
+        "Horizons start when the bucket ends. Hollow: too thin to judge."
+    )
+    figure = _figure(view, f"IC of {kind} by horizon", caption, 3.6)
+    axes = figure.add_subplot()
+    for shift, cluster in zip(_spread(len(order), 0.7), order, strict=True):
+        mine = rows[rows["cluster"] == cluster].set_index("target").reindex(targets)
+        x = np.arange(len(targets)) + shift
+        axes.vlines(x, mine["ci_low"], mine["ci_high"], color=colour(cluster), linewidth=1.6, alpha=0.75)
+        axes.plot(x, mine["ic"], "o", markersize=5, color=colour(cluster), label=view.name(cluster))
+        thin = (mine["verdict"] == "thin").to_numpy()
+        axes.plot(x[thin], mine["ic"][thin], "o", markersize=3, color="white")
+    _plain(axes, "IC (Pearson)")
+    axes.set_xticks(range(len(targets)), [_target_name(rows, target) for target in targets], fontsize=8.5)
+    axes.set_xlim(-0.6, len(targets) - 0.4)
+    for edge in range(1, len(targets)):
+        axes.axvline(edge - 0.5, color=FAINT, linewidth=0.8)
+    _legend(axes, len(order))
+    return figure
+
+
+def distinct_targets(rows: pd.DataFrame) -> list[str]:
+    """Targets by rising horizon; r_<bucket> is frnb and shown once."""
+    first = rows.drop_duplicates("target").sort_values("horizon_us", kind="stable")
+    next_bucket = first.loc[first["target"] == "frnb", "horizon_us"]
+    twin = first["target"].str.startswith("r_") & first["horizon_us"].isin(next_bucket)
+    return first.loc[~twin, "target"].tolist()
+
+
+def _target_name(rows: pd.DataFrame, target: str) -> str:
+    if target == "freb":
+        return "freb\nto midnight"
+    horizon = format_duration(int(rows.loc[rows["target"] == target, "horizon_us"].iloc[0]))
+    return f"{target}\n{horizon}"
+
+
+def _range(counts: pd.Series) -> str:
+    low, high = int(counts.min()), int(counts.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def markouts(view: View) -> Figure:
+    """Mean signed move of the mid after a cluster's trades."""
+    caption = (
+        f"n = {_range(view.markouts['n'])} trades per point. Whiskers: 95 %, buckets as sampling units. "
+        "Above 0: the mid moves on in the taker's direction. Before fees and spread."
+    )
+    figure = _figure(view, "mark-out after the trade", caption, 3.6)
+    axes = figure.add_subplot()
+    horizons = sorted(view.markouts["horizon_us"].unique())
+    order = _clusters(view.markouts)
+    for shift, cluster in zip(_spread(len(order), 0.35), order, strict=True):
+        mine = view.markouts[view.markouts["cluster"] == cluster].set_index("horizon_us").reindex(horizons)
+        x = np.arange(len(horizons)) + shift
+        axes.vlines(x, mine["ci_low"], mine["ci_high"], color=colour(cluster), linewidth=1.6, alpha=0.75)
+        axes.plot(
+            x,
+            mine["mean_bps"],
+            "o-",
+            markersize=5,
+            linewidth=1,
+            color=colour(cluster),
+            label=view.name(cluster),
+        )
+    _plain(axes, "signed mid move (bps)")
+    axes.set_xticks(range(len(horizons)), [format_duration(int(h)) for h in horizons], fontsize=9)
+    axes.set_xlabel("time after the trade", fontsize=9)
+    _legend(axes, len(order))
+    return figure
+
+
+def side_audit(view: View) -> Figure:
+    """Mark-outs of the clusters in the order of their names, under either side convention."""
+    horizons = sorted(view.markouts["horizon_us"].unique())
+    moves = view.markouts.set_index(["cluster", "horizon_us"])
+    caption = (
+        "The clusters and their mark-outs are the same on both sides, only the names differ. "
+        "Whiskers: 95 %, buckets as sampling units. "
+        "own: sbs is the depth on the taker's side (bids for a buy). "
+        "consumed: sbs is the depth that the trade hits (asks for a buy)."
+    )
+    figure = _figure(view, "which cluster gets which name", caption, 4.0)
+    panels = figure.subplots(1, 2, sharey=True)
+    sides = ((view.side, "label", "used here"), (SIDES[view.side], "label_other", "the other convention"))
+    for axes, (side, column, remark) in zip(panels, sides, strict=True):
+        named = sorted(
+            zip(view.latest[column], view.latest["cluster"].astype(int), strict=True), key=_by_role
+        )
+        for x, (_, cluster) in enumerate(named):
+            mine = moves.reindex([(cluster, h) for h in horizons])
+            at = x + _spread(len(horizons), 0.8)
+            axes.bar(at, mine["mean_bps"], width=0.68 / len(horizons), color=colour(cluster), alpha=0.85)
+            axes.vlines(at, mine["ci_low"], mine["ci_high"], color=INK, linewidth=1)
+        _plain(axes, "mark-out (bps)" if column == "label" else "")
+        axes.set_title(f"same_side: {side} ({remark})", fontsize=9.5, loc="left")
+        axes.set_xticks(range(len(named)), [f"{label}\ncluster {c}" for label, c in named], fontsize=8)
+        axes.set_xlabel("bars: " + ", ".join(format_duration(int(h)) for h in horizons), fontsize=8)
+    return figure
+
+
+def _by_role(named: tuple[str, int]) -> tuple[int, int]:
+    roles = ("opportunistic", "directional", "passive")
+    label, cluster = named
+    return roles.index(label) if label in roles else len(roles), cluster
+
+
+def flow_and_price(view: View) -> Figure:
+    """Cumulated signed flow of every cluster above the path of the mid."""
+    caption = (
+        f"{view.buckets['bucket_ts'].nunique():,} buckets. Flow: sum of taker buys minus sells, base units. "
+    )
+    figure = _figure(
+        view, "flow and price", caption + "Return: sum of conr; gaps where the mid is null.", 4.4
+    )
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    order = _clusters(view.buckets)
+    for cluster in order:
+        mine = view.buckets[view.buckets["cluster"] == cluster].sort_values("bucket_ts")
+        style = {"linewidth": 1.6, "linestyle": "--"} if cluster == ALL_CLUSTERS else {"linewidth": 1.2}
+        upper.plot(
+            _times(mine), mine["ofi_size"].cumsum(), color=colour(cluster), label=view.name(cluster), **style
+        )
+    every = view.buckets[view.buckets["cluster"] == ALL_CLUSTERS].sort_values("bucket_ts")
+    lower.plot(_times(every), 1e4 * every["conr"].cumsum(), color=INK, linewidth=1)
+    _plain(upper, "cumulated flow")
+    _plain(lower, "return of mid (bps)")
+    _dates(lower)
+    _legend(upper, len(order))
+    return figure
+
+
+def shares_over_time(view: View) -> Figure:
+    """Share of each cluster in the trades, bucket by bucket, smoothed by summing an hour or a day."""
+    own = view.buckets[view.buckets["cluster"] != ALL_CLUSTERS]
+    span = int(own["bucket_ts"].max() - own["bucket_ts"].min())
+    step = US_PER_DAY // 24 if span <= 31 * US_PER_DAY else US_PER_DAY
+    summed = (
+        own.assign(bucket_ts=own["bucket_ts"] // step * step)
+        .groupby(["bucket_ts", "cluster"])["n_trades"]
+        .sum()
+    )
+    counts = summed.unstack()  # noqa: PD010  the index is unique by construction
+    percent = 100 * counts.div(counts.sum(axis=1).where(counts.sum(axis=1) > 0), axis=0)
+    caption = f"n = {int(counts.to_numpy().sum()):,} labelled trades, summed over {format_duration(step)}."
+    figure = _figure(view, "shares over time", caption, 2.9)
+    axes = figure.add_subplot()
+    times = pd.to_datetime(percent.index.to_numpy(), unit="us")
+    for cluster in map(int, percent.columns):
+        axes.plot(times, percent[cluster], color=colour(cluster), linewidth=1.2, label=view.name(cluster))
+    _plain(axes, "% of trades", zero=False)
+    axes.set_ylim(0, None)
+    _dates(axes)
+    _legend(axes, len(percent.columns))
+    return figure
+
+
+def drift(view: View) -> Figure:
+    """Distance of every centroid to its match in the window before."""
+    table = view.centroids
+    disagree = table["agrees"].astype("boolean").eq(False).fillna(False)
+    caption = (
+        f"{len(set(table['window_id']))} windows. Distance in z to the matched centroid (Hungarian). "
+        f"Crosses ({int(disagree.sum())}): the naming rule gives another number than the match."
+    )
+    figure = _figure(view, "drift of the centroids", caption, 2.9)
+    axes = figure.add_subplot()
+    for cluster in _clusters(table):
+        mine = table[table["cluster"] == cluster].sort_values("window_id")
+        axes.plot(
+            mine["window_id"],
+            mine["drift"],
+            "o-",
+            color=colour(cluster),
+            linewidth=1,
+            label=view.name(cluster),
+        )
+        moved = mine[disagree.loc[mine.index]]
+        axes.plot(moved["window_id"], moved["drift"], "x", color=STAMP, markersize=10)
+    _plain(axes, "distance (z)", zero=False)
+    axes.margins(y=0.1)
+    axes.set_ylim(0, None)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("window", fontsize=9)
+    _legend(axes, len(_clusters(table)))
+    return figure
+
+
+def _times(table: pd.DataFrame) -> pd.DatetimeIndex:
+    return pd.to_datetime(table["bucket_ts"].to_numpy(), unit="us")
+
+
+def _dates(axes: Axes) -> None:
+    locator = AutoDateLocator()
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    axes.xaxis.get_offset_text().set_fontsize(8)
+    axes.set_xlabel("UTC", fontsize=9)
+
+
+def pictures(view: View) -> list[tuple[str, Callable[[View], Figure]]]:
+    """Name and maker of every picture that the tables of the symbol allow."""
+    wanted: Sequence[tuple[str, Callable[[View], Figure], bool]] = (
+        ("centroids", centroids, True),
+        ("shares", shares, True),
+        ("ic", ic_bars, "frnb" in set(view.ic["target"])),
+        ("ic_horizons", ic_horizons, not view.ic.empty),
+        ("markouts", markouts, not view.markouts.empty),
+        ("sides", side_audit, not view.markouts.empty),
+        ("flow", flow_and_price, not view.buckets.empty),
+        ("shares_over_time", shares_over_time, not view.buckets.empty),
+        ("drift", drift, view.walks),
+    )
+    return [(name, make) for name, make, possible in wanted if possible]

@@ -1,0 +1,387 @@
+"""The page and its words, on a small made-up run whose tables come from the real statistics."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import struct
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from clusterlob_gpu import pictures
+from clusterlob_gpu.config import make_config, parse_duration, read_preset
+from clusterlob_gpu.errors import InputError
+from clusterlob_gpu.evaluation import Target, cluster_ic, markout_table
+from clusterlob_gpu.report import console_tables, findings, needed_buckets, read_run, render_run
+from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES
+
+WIDTH = 300_000_000
+START = 1_714_521_600_000_000  # 2024-05-01
+CENTRES = {
+    0: [0.02, 0.0, -0.12, 0.01, 1.66, 0.41],
+    1: [-0.11, 1.35, -1.25, 0.0, -0.6, -0.2],
+    2: [0.08, -0.75, 0.81, -0.02, -0.89, -0.31],
+}
+LABELS = {-1: "all clusters", 0: "passive", 1: "opportunistic", 2: "directional"}
+OTHER = {-1: "all clusters", 0: "passive", 1: "directional", 2: "opportunistic"}
+
+
+def centroid_table(symbol: str, windows: int, rng: np.random.Generator) -> pd.DataFrame:
+    rows = []
+    for window in range(windows):
+        for cluster, centre in CENTRES.items():
+            z = np.array(centre) + 0.03 * window * rng.normal(size=6)
+            share = (0.434, 0.19, 0.376)[cluster]
+            row: dict[str, Any] = {"symbol": symbol, "window_id": window, "cluster": cluster}
+            row |= {"label": LABELS[cluster], "label_other": OTHER[cluster]}
+            row |= {"count": round(share * 2_764_972), "share": share, "score": z[1] - z[2]}
+            row |= dict(zip(Z_FEATURES, z, strict=True))
+            row |= dict(zip(FEATURES, [0.031, 2.9, 2.8, 1.02, 1.9e6, 6.1e5], strict=True))
+            row |= {
+                "interpretation": "after a long rest of the mid <b>",
+                "matched": cluster if window else None,
+            }
+            row |= {"drift": abs(rng.normal(0.05, 0.01)) if window else None}
+            row |= {"agrees": (window, cluster) != (2, 1) if window else None}
+            rows.append(row)
+    return pd.DataFrame(rows).astype({"matched": "Int64", "agrees": "boolean", "drift": "float64"})
+
+
+def bucket_table(symbol: str, days: int, effect: float, rng: np.random.Generator) -> pd.DataFrame:
+    n = days * 288
+    flow = {c: rng.normal(size=n) * scale for c, scale in ((0, 90.0), (1, 60.0), (2, 140.0))}
+    flow[-1] = flow[0] + flow[1] + flow[2]
+    returns = 6e-4 * rng.normal(size=n + 300) + 0.0
+    returns[:n] += 6e-4 * 0.5 * flow[-1] / 178
+    returns[1 : n + 1] += 6e-4 * effect * flow[1] / 60
+    path = np.concatenate([[0.0], np.cumsum(returns)])
+    at = np.arange(n)
+    midnight = (at // 288 + 1) * 288
+    target = {
+        "conr": path[at + 1] - path[at],
+        "frnb": path[at + 2] - path[at + 1],
+        "freb": path[midnight] - path[at + 1],
+    }
+    target |= {
+        f"r_{name}": path[at + 1 + h] - path[at + 1] for name, h in (("5m", 1), ("15m", 3), ("1h", 12))
+    }
+    size = {c: rng.poisson(share * 1400, size=n) for c, share in ((0, 0.434), (1, 0.19), (2, 0.376))}
+    size[-1] = size[0] + size[1] + size[2]
+    parts = [
+        pd.DataFrame(
+            {"symbol": symbol, "window_id": 0, "bucket_ts": START + at * WIDTH, "cluster": c}
+        ).assign(n_trades=size[c], ofi_size=f, ofi_count=f.round(), ofi_notional=6e4 * f, **target)
+        for c, f in flow.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def markout_sums(buckets: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
+    parts = []
+    for horizon, scale in ((1, 0.06), (5, 0.1), (30, 0.16), (300, 0.2)):
+        means = buckets["cluster"].map({-1: 0.2, 0: 0.1, 1: 0.9, 2: -0.4}) * scale
+        count = buckets["n_trades"]
+        total = means * count + rng.normal(size=len(buckets)) * count * horizon**0.5 * 0.1
+        parts.append(
+            pd.DataFrame(
+                {"bucket_ts": buckets["bucket_ts"], "cluster": buckets["cluster"], "n": count}
+            ).assign(horizon_us=horizon * 1_000_000, sum_bps=total)
+        )
+    return pd.concat(parts)
+
+
+def make_run(
+    out: Path, symbols: tuple[str, ...] = ("BTCUSDT",), days: int = 7, windows: int = 1, effect: float = 0.0
+) -> Path:
+    """A finished run directory of `run cluster`, with the published block of the research log."""
+    rng = np.random.default_rng(3)
+    sample = "in_sample" if windows == 1 else "out_of_sample"
+    targets = [
+        Target("conr", "conr", WIDTH, predictive=False),
+        Target("frnb", "frnb", WIDTH),
+        Target("freb", "freb", US_PER_DAY),
+        *(Target(f"r_{h}", f"r_{h}", parse_duration(h)) for h in ("5m", "15m", "1h")),
+    ]
+    buckets = pd.concat([bucket_table(symbol, days, effect, rng) for symbol in symbols])
+    ic = cluster_ic(buckets, targets, width_us=WIDTH, draws=100).assign(sample=sample)
+    marks = pd.concat(
+        [
+            markout_table(markout_sums(mine, rng), width_us=WIDTH).assign(symbol=symbol)
+            for symbol, mine in buckets.groupby("symbol")
+        ]
+    )
+    tables = {
+        "centroids": pd.concat([centroid_table(symbol, windows, rng) for symbol in symbols]),
+        "buckets": buckets,
+        "ic": ic.assign(label=ic["cluster"].map(LABELS)),
+        "markouts": marks.assign(label=marks["cluster"].map(LABELS), label_other=marks["cluster"].map(OTHER)),
+    }
+    (out / "results").mkdir(parents=True)
+    for name, table in tables.items():
+        table.to_parquet(out / "results" / f"{name}.parquet", index=False)
+    dropped = {"side_unknown": 0, "no_book": 12, "stale_book": 345, "warmup": 99, "null_change_time": 0}
+    rows = {"trades": 2_765_428, "kept": 2_764_972, "dropped": dropped, "book_rows": 864_000}
+    rows["book_skipped"] = {"empty_side": 0, "non_positive": 3, "crossed": 41}
+    info = {
+        "experiment": "cluster",
+        "status": "done",
+        "exchange": "binance-futures",
+        "symbols": list(symbols),
+        "start": "2024-05-01",
+        "end": "2024-05-07",
+        "days": days,
+        "config": make_config({}).resolved(),
+        "config_hash": "0123456789abcdef",
+        "versions": {"clusterlob_gpu": "0.1.0", "numpy": "2.4"},
+        "backend": "cpu",
+        "workers": 2,
+        "rows": dict.fromkeys(symbols, rows),
+        "timings": {"features": 1.2, "fit": 0.4},
+        "seconds": 3.21,
+        "sample": sample,
+        "published": read_preset("research_log_7d").published,
+        "notes": ["A note with <angle> brackets."],
+    }
+    (out / "run.json").write_text(json.dumps(info))
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("walk"), ("BTCUSDT", "ETHUSDT"), days=3, windows=4, effect=0.5)
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.links: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.sources += [given["src"] or ""] if "src" in given else []
+        self.links += [tag] if tag in ("link", "script", "iframe") else []
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def one_view(out: Path) -> pictures.View:
+    return read_run(out)[1][0]
+
+
+def said(out: Path) -> str:
+    return "\n".join(findings(one_view(out)))
+
+
+# ---- page and pictures
+
+
+def test_render_run__writes_pictures_and_one_self_contained_page(run: Path) -> None:
+    written = render_run(run)
+    names = ["centroids", "shares", "ic", "ic_horizons", "markouts", "sides", "flow", "shares_over_time"]
+    assert written == [*(run / "plots" / f"{name}_BTCUSDT.png" for name in names), run / "report.html"]
+    for path in written[:-1]:
+        head = path.read_bytes()[:24]
+        assert head[:8] == b"\x89PNG\r\n\x1a\n"
+        assert struct.unpack(">II", head[16:])[0] == round(pictures.WIDTH_IN * pictures.DPI)
+    text = written[-1].read_text()
+    page = Page(text)
+    assert page.links == []
+    assert [base64.b64decode(s.removeprefix("data:image/png;base64,")) for s in page.sources] == [
+        path.read_bytes() for path in written[:-1]
+    ]
+    assert re.search(r"(src|href)=\"(?!data:)", text) is None
+    assert "url(" not in text
+    assert "A note with <angle> brackets." in page.text  # escaped in the source
+    assert "<angle>" not in text
+    assert sorted(path.name for path in run.iterdir()) == ["plots", "report.html", "results", "run.json"]
+    first = [path.read_bytes() for path in written]
+    assert [path.read_bytes() for path in render_run(run)] == first
+
+
+def test_render_run__walk_forward_of_two_symbols_adds_drift(walk: Path) -> None:
+    names = [path.name for path in render_run(walk)]
+    assert len(names) == 2 * 9 + 1
+    assert {"drift_BTCUSDT.png", "drift_ETHUSDT.png"} <= set(names)
+    text = (walk / "report.html").read_text()
+    assert "OUT OF SAMPLE" in text
+    assert ">IN SAMPLE<" not in text
+
+
+def texts(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.texts]
+
+
+def test_pictures__carry_the_stamp_only_in_sample(run: Path, walk: Path) -> None:
+    for out, expected in ((run, True), (walk, False)):
+        view = one_view(out)
+        made = pictures.pictures(view)
+        assert len(made) == (8 if expected else 9)
+        assert [("IN SAMPLE" in texts(make(view))) for _, make in made] == [expected] * len(made)
+
+
+def test_ic_picture__draws_ic_interval_and_detectable_band(run: Path) -> None:
+    view = one_view(run)
+    axes = pictures.ic_bars(view).axes[0]
+    rows = view.ic[(view.ic["target"] == "frnb") & (view.ic["signal"] == "ofi_size")].set_index("cluster")
+    bars = [bar.get_height() for bar in axes.patches]
+    assert bars == pytest.approx(rows["ic"].reindex([0, 1, 2, -1]).tolist())
+    spans = [c.get_paths()[0].vertices[:, 1] for c in axes.collections]
+    bands, whiskers = spans[::2], spans[1::2]
+    assert [v.max() for v in bands] == pytest.approx(rows["mde"].reindex([0, 1, 2, -1]).tolist())
+    assert [(v.min(), v.max()) for v in whiskers] == [
+        pytest.approx(pair) for pair in rows[["ci_low", "ci_high"]].reindex([0, 1, 2, -1]).to_numpy().tolist()
+    ]
+
+
+def test_horizons__show_the_next_bucket_once(run: Path) -> None:
+    axes = pictures.ic_horizons(one_view(run)).axes[0]
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["frnb\n5m", "r_15m\n15m", "r_1h\n1h", "freb\nto midnight"]
+
+
+# ---- words
+
+
+def test_findings__null_sample_says_what_it_could_have_found(run: Path) -> None:
+    words = said(run)
+    view = one_view(run)
+    frnb = view.ic[(view.ic["target"] == "frnb") & (view.ic["signal"] == "ofi_size")]
+    assert words.startswith("In-sample: the clusters were fitted on the same days")
+    assert (
+        "No cluster's IC differs from zero after correction for 60 tests; the smallest IC this sample "
+        f"could detect is {frnb['mde'].min():.3f}"
+    ) in words
+    assert "No cluster differs from aggregate flow (ofi_size on frnb)" in words
+    assert "Names follow same_side: own (sbs is the depth on the taker's own side)." in words
+    assert (
+        "Under consumed cluster 1 opportunistic becomes directional; cluster 2 directional becomes" in words
+    )
+    assert (
+        "2,764,972 of 2,765,428 trades were used (99.98%), 456 dropped: 12 no book yet, 345 stale book"
+        in words
+    )
+    assert "Of 864,000 book rows these were no valid book and skipped: 3 non positive, 41 crossed." in words
+
+
+def test_findings__planted_effect_is_named_with_its_interval(walk: Path) -> None:
+    words = said(walk)
+    view = one_view(walk)
+    row = view.ic[
+        (view.ic["target"] == "frnb") & (view.ic["signal"] == "ofi_size") & (view.ic["cluster"] == 1)
+    ].iloc[0]
+    assert row["verdict"] == "positive"
+    assert words.startswith("Out of sample: each day was labelled by clusters fitted on earlier days only.")
+    assert (
+        f"ofi_size of 1 opportunistic on frnb {row['ic']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+        in words
+    )
+    assert "clusters differ from aggregate flow" in words
+    assert "Over 4 windows the naming rule and the tracked match disagree 1 of 9 times" in words
+    assert "rows are too thin to judge" in words  # freb over three days
+
+
+def test_needed_buckets__matches_the_power_formula() -> None:
+    row = pd.Series({"n": 2016, "diff_low": -0.02, "diff_high": 0.06})
+    se = 0.08 / (2 * 1.959964)
+    assert needed_buckets(row, 0.026) == pytest.approx(
+        2016 * ((1.959964 + 0.841621) * se / 0.026) ** 2, rel=1e-6
+    )
+    assert np.isnan(needed_buckets(row, 0.0))
+
+
+def test_findings__say_how_much_data_the_published_lead_needs(run: Path) -> None:
+    view = one_view(run)
+    row = view.ic[
+        (view.ic["target"] == "frnb") & (view.ic["signal"] == "ofi_size") & (view.ic["cluster"] == 1)
+    ].iloc[0]
+    buckets = needed_buckets(row, 0.0606 - 0.0346)
+    expected = (
+        "published difference of +0.0260 between 1 opportunistic and aggregate flow with 80 % power, about "
+    )
+    assert f"{expected}{buckets:,.0f} buckets ({int(np.ceil(buckets / 288)):,} days) are needed" in said(run)
+
+
+# ---- tables
+
+
+def test_console_tables__hold_the_numbers(run: Path) -> None:
+    tables = console_tables(run)
+    assert [str(table.title) for table in tables] == [
+        "BTCUSDT: clusters",
+        "BTCUSDT: IC on frnb, in sample",
+        "BTCUSDT: mark-outs",
+        "BTCUSDT: published and measured",
+    ]
+    assert [table.row_count for table in tables] == [3, 12, 16, 1 + 3 * 6 + 4]
+    console = Console(width=220, record=True, file=io.StringIO())
+    for table in tables:
+        console.print(table)
+    text = console.export_text()
+    assert "opportunistic" in text
+    assert "43.4%" in text
+    assert "27,649,725" in text
+    assert "+0.0606" in text
+
+
+def test_published__is_optional(tmp_path: Path) -> None:
+    out = make_run(tmp_path / "run", days=1)
+    info = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(info | {"published": None}))
+    render_run(out)
+    assert len(console_tables(out)) == 3
+    assert "published" not in said(out)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda out: (out / "run.json").unlink(), "run.json: cannot be read"),
+        (lambda out: (out / "run.json").write_text("{"), "not valid JSON"),
+        (lambda out: (out / "run.json").write_text('{"experiment": "flow"}'), "experiment = 'flow'"),
+        (lambda out: (out / "results" / "ic.parquet").unlink(), "ic.parquet: is missing"),
+    ],
+)
+def test_errors__name_the_file(tmp_path: Path, spoil: Any, message: str) -> None:
+    out = make_run(tmp_path / "run", days=1)
+    spoil(out)
+    with pytest.raises(InputError, match=re.escape(message)):
+        render_run(out)
+
+
+# ---- preset
+
+
+def test_preset__holds_the_research_log() -> None:
+    preset = read_preset("research_log_7d")
+    config = make_config(preset.config)
+    assert (str(preset.start), str(preset.end), preset.symbols) == ("2024-05-01", "2024-05-07", ("BTCUSDT",))
+    assert (config.k, config.window, config.depth, config.same_side, config.bucket) == (
+        3,
+        100,
+        5,
+        "own",
+        WIDTH,
+    )
+    published = preset.published
+    assert published is not None
+    assert published["trades"] == 27_649_725
+    assert {e["cluster"]: e["ic"] for e in published["ic"]} == {1: 0.0606, -1: 0.0346, 0: 0.0205, 2: -0.0065}
+    assert sum(entry["share"] for entry in published["clusters"]) == pytest.approx(1.0)
+    assert sum(entry["count"] for entry in published["clusters"]) == pytest.approx(27_649_725, abs=30_000)
