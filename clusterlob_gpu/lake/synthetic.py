@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,8 +30,15 @@ from clusterlob_gpu.lake.layout import (
     day_start_us,
     file_stem,
 )
-from clusterlob_gpu.lake.symbols import exchange_id, read_dim_symbol, symbol_id, write_dim_symbol
+from clusterlob_gpu.lake.symbols import (
+    exchange_id,
+    read_dim_symbol,
+    split_assets,
+    symbol_id,
+    write_dim_symbol,
+)
 from clusterlob_gpu.lake.synthetic_market import (
+    LEVELS_STREAM,
     BookPath,
     MarketDay,
     Midnight,
@@ -52,16 +60,16 @@ _FILE_ID = 0
 _FIRST_LINE = 2
 _ID_DIGITS = 13
 _FUNDING_US = US_PER_DAY // 3
-_LEVELS_STREAM = 3
+_FULL_TRADES, _FULL_SNAPSHOTS = 3_950_000, 864_000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_QUOTE_ASSETS = ("USDT", "USDC", "USD", "BTC", "ETH")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MarketConfig:
     """A synthetic market; raises ConfigError, naming the field, for a value that cannot be used.
 
-    A full-size day of BTCUSDT has 3,950,000 trades and 864,000 snapshots; keep their ratio near 4.6.
+    The planted types are the clusters that K-means finds while trades and snapshots keep the ratio
+    of a real BTCUSDT, near 4.6; `make_market` sees to that.
     """
 
     exchange: str = "synthetic"
@@ -110,7 +118,12 @@ class MarketConfig:
             value = getattr(self, field)
             _require(math.isfinite(value) and value > 0, field, value, "must be positive and finite")
         ticks = self.price / self.tick
-        _require(1e4 <= ticks <= 1e12, "price", self.price, f"must be 1e4 to 1e12 ticks, is {ticks:g}")
+        _require(1e4 <= ticks <= 1e9, "price", self.price, f"must be 1e4 to 1e9 ticks, is {ticks:g}")
+
+    @property
+    def end(self) -> dt.date:
+        """Last UTC day."""
+        return self.start + dt.timedelta(days=self.days - 1)
 
 
 def _require(ok: bool, field: str, value: object, rule: str) -> None:
@@ -123,56 +136,74 @@ def _require_between(field: str, value: int, low: int, high: int) -> None:
     _require(whole and low <= value <= high, field, value, f"must be a whole number from {low} to {high}")
 
 
+def make_market(
+    *,
+    trades_per_day: int = 200_000,
+    snapshots_per_day: int | None = None,
+    full_size: bool = False,
+    **settings: Any,
+) -> MarketConfig:
+    """A MarketConfig with as many snapshots as its trades would meet in a real market.
+
+    `full_size` takes the 3.95M trades and 864k snapshots of a day of BTCUSDT in May 2024 and leaves
+    the other two sizes aside; `settings` are fields of MarketConfig.
+    """
+    if full_size:
+        trades_per_day, snapshots_per_day = _FULL_TRADES, _FULL_SNAPSHOTS
+    elif snapshots_per_day is None:
+        snapshots_per_day = max(1, round(trades_per_day * _FULL_SNAPSHOTS / _FULL_TRADES))
+    return MarketConfig(trades_per_day=trades_per_day, snapshots_per_day=snapshots_per_day, **settings)
+
+
 def demo_market() -> MarketConfig:
     """The market of `clusterlob demo`: three days of one symbol, made in seconds."""
-    return MarketConfig(days=3, trades_per_day=150_000, snapshots_per_day=32_600)
-
-
-@dataclass(frozen=True)
-class SyntheticDay:
-    """One day of one symbol as it was written; `bytes` counts its four files."""
-
-    symbol: str
-    day: dt.date
-    trades: int
-    snapshots: int
-    bytes: int
+    return make_market(days=3, trades_per_day=150_000)
 
 
 @dataclass(frozen=True)
 class SyntheticReport:
-    """What `ingest_synthetic` wrote."""
+    """What `ingest_synthetic` wrote: rows and file sizes over all symbols and days."""
 
-    days: tuple[SyntheticDay, ...]
+    symbols: tuple[str, ...]
+    start: dt.date
+    end: dt.date
+    trades: int
+    snapshots: int
+    bytes: int
     seconds: float
 
-    @property
-    def trades(self) -> int:
-        """Trades written, all symbols and days."""
-        return sum(day.trades for day in self.days)
-
-    @property
-    def bytes(self) -> int:
-        """Size of the files written, all symbols and days."""
-        return sum(day.bytes for day in self.days)
+    def __str__(self) -> str:
+        return (
+            f"{', '.join(self.symbols)} from {self.start} to {self.end}: {self.trades:,} trades and "
+            f"{self.snapshots:,} snapshots, {self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s"
+        )
 
 
 def ingest_synthetic(
-    lake: Path, config: MarketConfig, *, progress: Callable[[SyntheticDay], None] | None = None
+    lake: Path, config: MarketConfig, *, progress: Callable[[int, int], None] | None = None
 ) -> SyntheticReport:
     """Write trades, book_snapshot_25, derivative_ticker, truth and dim_symbol of a synthetic market.
 
-    `progress` is called after every day of every symbol.
+    `progress` is called after every day with the days written and the days to write, all symbols together.
     """
     started = time.perf_counter()
     _write_symbols(lake, config)
-    written = []
+    size, done, total = 0, 0, len(config.symbols) * config.days
     for name in config.symbols:
         for number, market_day in enumerate(simulate(config, name)):
-            written.append(_write_day(lake, config, name, number, market_day))
+            size += _write_day(lake, config, name, number, market_day)
+            done += 1
             if progress is not None:
-                progress(written[-1])
-    return SyntheticReport(tuple(written), time.perf_counter() - started)
+                progress(done, total)
+    return SyntheticReport(
+        symbols=config.symbols,
+        start=config.start,
+        end=config.end,
+        trades=total * config.trades_per_day,
+        snapshots=total * config.snapshots_per_day,
+        bytes=size,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def simulate(config: MarketConfig, symbol: str) -> Iterator[MarketDay]:
@@ -199,7 +230,7 @@ def simulate(config: MarketConfig, symbol: str) -> Iterator[MarketDay]:
 def snapshot_tables(config: MarketConfig, symbol: str, number: int, book: BookPath) -> Iterator[pa.Table]:
     """Row groups of `book_snapshot_25` of day `number`; each is valid until the next is asked for."""
     key_id = symbol_id(config.exchange, symbol)
-    key = stream_key(config.seed, key_id, number, _LEVELS_STREAM)
+    key = stream_key(config.seed, key_id, number, LEVELS_STREAM)
     n = len(book.ts) - 1
     size = min(n, SNAPSHOT_ROW_GROUP_ROWS)
     # One set of buffers for all groups: touching fresh memory would cost more than filling it.
@@ -228,13 +259,13 @@ def _write_symbols(lake: Path, config: MarketConfig) -> None:
 
 
 def _symbol_row(config: MarketConfig, name: str) -> dict[str, object]:
-    quote = next((asset for asset in _QUOTE_ASSETS if name.endswith(asset) and name != asset), None)
+    base, quote = split_assets(name)
     return {
         "symbol_id": symbol_id(config.exchange, name),
         "exchange_id": exchange_id(config.exchange),
         "exchange": config.exchange,
         "exchange_symbol": name,
-        "base_asset": name.removesuffix(quote) if quote else None,
+        "base_asset": base,
         "quote_asset": quote,
         "tick_size": config.tick,
         "lot_size": config.lot,
@@ -246,13 +277,13 @@ def _symbol_row(config: MarketConfig, name: str) -> dict[str, object]:
     }
 
 
-def _write_day(lake: Path, config: MarketConfig, name: str, number: int, market_day: MarketDay) -> SyntheticDay:
+def _write_day(lake: Path, config: MarketConfig, name: str, number: int, market_day: MarketDay) -> int:
+    """Write the four files of one symbol and day; gives their size in bytes."""
     day = config.start + dt.timedelta(days=number)
-    trades, book = market_day.trades, market_day.book
     tables = {
         "truth": _truth_tables(config, name, market_day),
         "derivative_ticker": iter([_ticker_table(config, name, day, market_day)]),
-        "book_snapshot_25": snapshot_tables(config, name, number, book),
+        "book_snapshot_25": snapshot_tables(config, name, number, market_day.book),
         "trades": _trade_tables(config, name, day, market_day),
     }
     size = 0
@@ -261,12 +292,10 @@ def _write_day(lake: Path, config: MarketConfig, name: str, number: int, market_
             for part in parts:
                 writer.write(part)
         size += writer.path.stat().st_size
-    return SyntheticDay(name, day, len(trades.ts), len(book.ts) - 1, size)
+    return size
 
 
-def _trade_tables(
-    config: MarketConfig, name: str, day: dt.date, market_day: MarketDay
-) -> Iterator[pa.Table]:
+def _trade_tables(config: MarketConfig, name: str, day: dt.date, market_day: MarketDay) -> Iterator[pa.Table]:
     trades = market_day.trades
     days_since_epoch = day_start_us(day) // US_PER_DAY
     for first in range(0, len(trades.ts), ROW_GROUP_ROWS):

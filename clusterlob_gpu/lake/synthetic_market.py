@@ -33,6 +33,9 @@ from clusterlob_gpu.schema import BOOK_LEVELS, SIDE_BUY, SIDE_SELL, SIDE_UNKNOWN
 PASSIVE, OPPORTUNISTIC, DIRECTIONAL = 0, 1, 2
 """Codes of `truth.trade_type`."""
 
+LEVELS_STREAM = 7
+"""Number of the stream of random numbers that `fill_levels` takes; the day itself takes 0 to 6."""
+
 PASSIVE_SHARE, OPPORTUNISTIC_SHARE = 0.43, 0.19
 """Expected shares of the types; the rest, 0.38, is directional."""
 
@@ -41,13 +44,14 @@ MEAN_EPISODE = 5.5
 
 _OPPORTUNISTIC_IN_TILT = OPPORTUNISTIC_SHARE / (1 - PASSIVE_SHARE)
 _DAILY_VOLATILITY = 0.025
-_BOOK_BIAS = 0.08  # shift of P(bids thick) per unit of `flow`
-_ROLE_BIAS = 0.27  # relative shift of the opportunistic share per unit of `flow` on its side
+_BOOK_BIAS = 0.12  # shift of P(bids thick) per unit of `flow`
+_ROLE_BIAS = 0.43  # relative shift of the opportunistic share per unit of `flow` on its side
 _DRIFT = 0.55  # mean 5 min return per unit of lagged `flow`, in 5 min standard deviations
 _TILT = 0.8  # log ratio of a thick side to a balanced one
 _LEVEL_LOTS = 2_400.0
 _MEDIAN_QTY_LOTS = 30.0
 _MAX_QTY_LOTS = 5_000_000.0
+_UNKNOWN_SHARE = 1e-4
 _QTY_SIGMA = 1.1
 
 # Decay times of the latent processes, seconds: flow, depth, bursts of activity, volatility.
@@ -130,7 +134,7 @@ class MarketDay:
 @njit(nogil=True, cache=True, inline="always")
 def _bits(key: np.uint64, counter: int) -> np.uint64:
     """Number `counter` of the SplitMix64 stream that starts at `key`."""
-    z = key + (np.uint64(counter) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = key + (np.uint64(counter) + np.uint64(1)) * _GOLDEN
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -149,9 +153,9 @@ def _uniform(key: np.uint64, counter: int) -> float:
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _gap(shape: np.uint64, side: int, level: int) -> int:
-    """Ticks from level - 1 to `level` (1 to 24): one, now and then three."""
-    return 3 if (_bits(shape, side) >> np.uint64(2 * level)) & np.uint64(3) == np.uint64(3) else 1
+def _gap(bits: np.uint64, level: int) -> int:
+    """Ticks from level - 1 to `level` (1 to 24) of one side: one, now and then three."""
+    return 3 if (bits >> np.uint64(2 * level)) & np.uint64(3) == np.uint64(3) else 1
 
 
 @njit(nogil=True, cache=True)
@@ -230,61 +234,90 @@ def _stamp(start: int, gap: np.ndarray, ts: np.ndarray) -> None:
         ts[k] = max(start + int(passed / total * US_PER_DAY), ts[k - 1] + 2)
 
 
+@njit(nogil=True, cache=True, inline="always")
+def _random_type(u: float) -> int:
+    """Type of a trade that does not look at the book."""
+    if u < PASSIVE_SHARE:
+        return PASSIVE
+    return OPPORTUNISTIC if u < PASSIVE_SHARE + OPPORTUNISTIC_SHARE else DIRECTIONAL
+
+
 @njit(nogil=True, cache=True)
-def _trade(key: np.uint64, strength: float, book: BookPath, end: int, trades: Trades) -> None:
+def _draw_qty(bits: np.uint64, key: np.uint64, counter: int) -> int:
+    """Lots: lognormal, and rarely a block from a Pareto tail with exponent 1.6."""
+    qty = _QTY_LOTS[(bits >> np.uint64(48)) & np.uint64(0x3FFF)]
+    if _u16(bits, 2) > 0.9997:
+        qty *= 20 * _uniform(key, counter) ** (-1 / 1.6)
+    return max(1, int(min(qty, _MAX_QTY_LOTS)))
+
+
+@njit(nogil=True, cache=True)
+def _fill_interval(
+    keys: np.ndarray,
+    strength: float,
+    book: BookPath,
+    row: int,
+    start: int,
+    stop: int,
+    first: int,
+    until: int,
+    trades: Trades,
+) -> None:
+    """Trades `first` to `until` - 1 meet book row `row`; their stamps lie in [start, stop], in order."""
+    tilt, bid, ask = book.tilt[row], book.bid[row], book.ask[row]
+    last = row == len(book.ts) - 1
+    moves = not last and bid + ask != book.bid[row + 1] + book.ask[row + 1]
+    late = _u16(_bits(keys[2], row), 0) < (0.6 if moves else 0.1)
+    # The book leans with `flow` already; less its mean the product leaves the share of the type alone.
+    lean = book.flow[row] * tilt - 2 * strength * _BOOK_BIAS
+    opportunistic = _OPPORTUNISTIC_IN_TILT * (1 + strength * _ROLE_BIAS * lean)
+    n = until - first
+    ts, buy, kind, through = start, True, PASSIVE, False
+    for j in range(first, until):
+        bits, more = _bits(keys[0], j), _bits(keys[1], j)
+        if j > first and _u16(bits, 0) < 0.4:  # one more fill of the same sweep
+            through = through or _u16(bits, 2) < 0.1
+        else:
+            through = False
+            buy = more & np.uint64(1) == np.uint64(0)
+            if _u16(more, 1) >= strength:
+                kind = _random_type(_u16(more, 2))
+            elif tilt == 0:
+                kind = PASSIVE
+            else:
+                kind = OPPORTUNISTIC if _u16(more, 2) < opportunistic else DIRECTIONAL
+                buy = (tilt > 0) == (kind == OPPORTUNISTIC)
+            if late and 2 * (j - first) >= n:
+                ts = stop
+            else:
+                ts = start + int((j - first + _u16(bits, 1)) / n * (stop - start))
+        steps = _gap(_bits(book.shape[row], 1 if buy else 0), 1) if through else 0
+        if not through and _u16(more, 3) < 0.002:
+            steps = -1  # a print better than the touch, as late or hidden orders give
+        trades.ts[j] = ts
+        trades.side[j] = SIDE_BUY if buy else SIDE_SELL
+        trades.trade_type[j] = kind
+        trades.price[j] = ask + steps if buy else bid - steps
+        trades.qty[j] = _draw_qty(bits, keys[3], j)
+
+
+@njit(nogil=True, cache=True)
+def _trade(keys: np.ndarray, strength: float, book: BookPath, end: int, trades: Trades) -> None:
     """Fill `trades`: every row of `book` gets its share, stamped after it and no later than the next row.
 
-    A trade with the stamp of the next row came before it, so it met the row that `book` had.
+    A trade with the stamp of the next row came before it, so it met the row that was there.
     """
-    total, planned, done, n = book.weight.sum(), 0.0, 0, len(trades.ts)
-    offset = _uniform(key, 2 * n)
-    last = len(book.ts) - 1
-    for i in range(last + 1):
-        planned += book.weight[i]
-        until = n if i == last else min(n, int(n * (planned / total) + offset))
-        start, stop = book.ts[i] + 1, end if i == last else book.ts[i + 1]
-        moves = i < last and book.bid[i + 1] + book.ask[i + 1] != book.bid[i] + book.ask[i]
-        late = _u16(_bits(key, 2 * n + 1 + i), 0) < (0.6 if moves else 0.1)
-        opportunistic = _OPPORTUNISTIC_IN_TILT * (1 + strength * _ROLE_BIAS * book.flow[i] * book.tilt[i])
-        for j in range(done, until):
-            bits, more = _bits(key, 2 * j), _bits(key, 2 * j + 1)
-            if j > done and _u16(bits, 0) < 0.4:  # one more fill of the same sweep
-                trades.ts[j] = trades.ts[j - 1]
-                trades.side[j] = trades.side[j - 1]
-                trades.trade_type[j] = trades.trade_type[j - 1]
-                away = abs(trades.price[j - 1] - (book.ask[i] if trades.side[j] == SIDE_BUY else book.bid[i]))
-                through = away > 0 or _u16(bits, 2) < 0.1
-            else:
-                if late and 2 * (j - done) >= until - done:
-                    trades.ts[j] = stop
-                else:
-                    trades.ts[j] = start + int((j - done + _u16(bits, 1)) / (until - done) * (stop - start))
-                buy = more & np.uint64(1) == np.uint64(0)
-                if _u16(more, 1) >= strength:
-                    u = _u16(more, 2)
-                    kind = PASSIVE if u < PASSIVE_SHARE else DIRECTIONAL
-                    if PASSIVE_SHARE <= u < PASSIVE_SHARE + OPPORTUNISTIC_SHARE:
-                        kind = OPPORTUNISTIC
-                elif book.tilt[i] == 0:
-                    kind = PASSIVE
-                else:
-                    kind = OPPORTUNISTIC if _u16(more, 2) < opportunistic else DIRECTIONAL
-                    buy = (book.tilt[i] > 0) == (kind == OPPORTUNISTIC)
-                trades.side[j] = SIDE_BUY if buy else SIDE_SELL
-                trades.trade_type[j] = kind
-                through = False
-            is_buy = trades.side[j] == SIDE_BUY
-            steps = _gap(book.shape[i], 1 if is_buy else 0, 1) if through else 0
-            if not through and _u16(more, 3) < 0.002:
-                steps = -1  # a print better than the touch, as late or hidden orders give
-            trades.price[j] = book.ask[i] + steps if is_buy else book.bid[i] - steps
-            qty = _QTY_LOTS[(bits >> np.uint64(48)) & np.uint64(0x3FFF)]
-            if _u16(bits, 2) > 0.998:  # block trades: a Pareto tail with exponent 1.6
-                qty *= _uniform(key, 2 * n + 1 + last + 1 + j) ** (-1 / 1.6)
-            trades.qty[j] = max(1, int(min(qty, _MAX_QTY_LOTS)))
+    n, last = len(trades.ts), len(book.ts) - 1
+    total, planned, done = book.weight.sum(), 0.0, 0
+    rounding = _uniform(keys[4], n)
+    for row in range(last + 1):
+        planned += book.weight[row]
+        until = n if row == last else min(n, int(n * (planned / total) + rounding))
+        stop = end if row == last else book.ts[row + 1]
+        _fill_interval(keys, strength, book, row, book.ts[row] + 1, stop, done, until, trades)
         done = until
     for j in range(n):
-        if _uniform(key, 4 * n + 2 * last + j) < 1e-4:
+        if _uniform(keys[4], j) < _UNKNOWN_SHARE:
             trades.side[j] = SIDE_UNKNOWN
 
 
@@ -311,8 +344,7 @@ def fill_levels(
                 if level % 8 == 0:
                     bits = _bits(key, 8 * k + 4 * side + level // 8)
                 if level > 0:
-                    ticks = 3 if (gaps >> np.uint64(2 * level)) & np.uint64(3) == np.uint64(3) else 1
-                    price += ticks if side else -ticks
+                    price += _gap(gaps, level) if side else -_gap(gaps, level)
                 prices[row, level] = price
                 noise = _SIZE_NOISE[(bits >> np.uint64(8 * (level % 8))) & np.uint64(255)]
                 sizes[row, level] = 1 + int(depth * _LEVEL_SHAPE[level] * noise)
@@ -351,7 +383,7 @@ def market_rates(strength: float, snapshots_per_day: int) -> Rates:
 def opening(centre: int) -> Midnight:
     """State before the first day: a quiet, balanced book around `centre` ticks, everything at its mean."""
     episode = np.array([0, 1, 1, 1, centre, 0, 1], dtype=np.int64)
-    row = (centre, centre + 1, 0, 0.0, 1.0, 1.0, int(_GOLDEN), 0.0)
+    row = (centre, centre + 1, 0, 0.0, 1.0, 1.0, 0, 0.0)
     return Midnight(np.zeros(5), episode, row, np.array([math.log(80_000.0), 0.0]))
 
 
@@ -371,22 +403,22 @@ def simulate_day(
     Gives n_snapshots + 1 book rows, n_trades trades in time order, and a (n_ticker, 2) array of log open
     interest and premium at evenly spaced times.
     """
-    keys = [stream_key(seed, symbol_id, day, stream) for stream in range(3)]
+    book_key, ticker_key, *trade_keys = (stream_key(seed, symbol_id, day, i) for i in range(LEVELS_STREAM))
     latent, episode, ticker_state = state.latent.copy(), state.episode.copy(), state.ticker.copy()
-    book = _empty(BookPath, n_snapshots + 1, "i8 i8 i8 i1 f8 f8 f8 u8 f8")
+    book = BookPath(*_columns(n_snapshots + 1, "i8 i8 i8 i1 f8 f8 f8 u8 f8"))
     for column, value in zip(book[1:], state.row, strict=True):
         column[0] = value
     gap = np.empty(n_snapshots + 1)
-    _walk_book(keys[0], rates, latent, episode, book, gap)
+    _walk_book(book_key, rates, latent, episode, book, gap)
     _stamp(start_us, gap, book.ts)
-    trades = _empty(Trades, n_trades, "i8 u1 u1 i8 i8")
-    _trade(keys[1], rates.strength, book, start_us + US_PER_DAY - 1, trades)
+    trades = Trades(*_columns(n_trades, "i8 u1 u1 i8 i8"))
+    _trade(np.array(trade_keys), rates.strength, book, start_us + US_PER_DAY - 1, trades)
     ticker = np.empty((n_ticker, 2))
-    _walk_ticker(keys[2], ticker_state, math.exp(-8.0 / n_ticker), ticker)
+    _walk_ticker(ticker_key, ticker_state, math.exp(-8.0 / n_ticker), ticker)
     row = tuple(column[-1].item() for column in book[1:])
     return MarketDay(book, trades, ticker, Midnight(latent, episode, row, ticker_state))
 
 
-def _empty(kind: type, rows: int, types: str):  # type: ignore[no-untyped-def]
-    """A NamedTuple of uninitialised columns."""
-    return kind(*(np.empty(rows, dtype) for dtype in types.split()))
+def _columns(rows: int, types: str) -> list[np.ndarray]:
+    """Uninitialised columns of the given types."""
+    return [np.empty(rows, dtype) for dtype in types.split()]
