@@ -392,9 +392,11 @@ def bucket_returns(history: BookHistory, bucket_ts: int, config: Config) -> dict
 
 
 def markout_bps(trade: Trade, history: BookHistory, horizon: int, max_staleness: int) -> float | None:
-    """1e4 s ln mid(t+h)/mid(t): the signed mid move after the trade, in bps."""
-    move = history.log_return(trade.ts, trade.ts + horizon, max_staleness)
-    return None if move is None else 1e4 * trade.sign * move
+    """1e4 s (mid(t+h) - mid(t))/mid(t): the signed mid move after the trade, in bps."""
+    before, after = history.mid(trade.ts, max_staleness), history.mid(trade.ts + horizon, max_staleness)
+    if before is None or after is None:
+        return None
+    return float(10_000 * trade.sign * (after - before) / before)
 
 
 # ---- correlation ------------------------------------------------------------------------------------
