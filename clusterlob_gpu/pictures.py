@@ -291,7 +291,8 @@ def side_audit(view: View) -> Figure:
             axes.vlines(at, mine["ci_low"], mine["ci_high"], color=INK, linewidth=1)
         _plain(axes, "mark-out (bps)" if column == "label" else "")
         axes.set_title(f"same_side: {side} ({remark})", fontsize=9.5, loc="left")
-        axes.set_xticks(range(len(named)), [f"{label}\ncluster {c}" for label, c in named], fontsize=8)
+        names = [f"{label}\ncluster {c}" for label, c in named]
+        axes.set_xticks(range(len(named)), names, fontsize=8, rotation=90 if len(named) > 4 else 0)
         axes.set_xlabel("bars: " + ", ".join(format_duration(int(h)) for h in horizons), fontsize=8)
     return figure
 
@@ -337,7 +338,7 @@ def shares_over_time(view: View) -> Figure:
         .groupby(["bucket_ts", "cluster"])["n_trades"]
         .sum()
     )
-    counts = summed.unstack()  # noqa: PD010  the index is unique by construction
+    counts = summed.unstack(fill_value=0)  # noqa: PD010  the index is unique by construction
     percent = 100 * counts.div(counts.sum(axis=1).where(counts.sum(axis=1) > 0), axis=0)
     caption = f"n = {int(counts.to_numpy().sum()):,} labelled trades, summed over {format_duration(step)}."
     figure = _figure(view, "shares over time", caption, 2.9)

@@ -340,6 +340,32 @@ def test_console_tables__hold_the_numbers(run: Path) -> None:
     assert "+0.0606" in text
 
 
+def test_empty_cluster_and_null_mids__still_make_a_page(tmp_path: Path) -> None:
+    out = make_run(tmp_path / "run", days=1)
+    results = out / "results"
+    buckets = pd.read_parquet(results / "buckets.parquet")
+    empty = buckets["cluster"] == 2
+    buckets.loc[empty, ["ofi_size", "ofi_count", "ofi_notional", "n_trades"]] = 0
+    buckets["frnb"] = np.nan
+    targets = [Target("frnb", "frnb", WIDTH), Target("r_15m", "r_15m", 3 * WIDTH)]
+    ic = cluster_ic(buckets, targets, width_us=WIDTH, draws=20).assign(sample="in_sample", label="")
+    marks = pd.read_parquet(results / "markouts.parquet")
+    centroids = pd.read_parquet(results / "centroids.parquet")
+    centroids.loc[centroids["cluster"] == 2, ["count", "share"]] = 0
+    for name, table in (
+        ("buckets", buckets),
+        ("ic", ic),
+        ("markouts", marks[marks["cluster"] != 2]),
+        ("centroids", centroids),
+    ):
+        table.to_parquet(results / f"{name}.parquet", index=False)
+    assert render_run(out)[-1] == out / "report.html"
+    assert "15 of 24 rows are too thin to judge" in said(out)  # 12 without return, 3 without flow
+    assert "published difference" not in said(out)
+    rows = [list(column.cells) for column in console_tables(out)[1].columns]
+    assert set(rows[-1]) == {"thin"}
+
+
 def test_published__is_optional(tmp_path: Path) -> None:
     out = make_run(tmp_path / "run", days=1)
     info = json.loads((out / "run.json").read_text())
