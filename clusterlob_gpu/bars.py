@@ -7,6 +7,7 @@ at its end.  Buckets hold sums alone, so a day may be cut anywhere and its piece
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -52,13 +53,13 @@ def day_flow(
 
 
 def flow_table(
-    flow: DayFlow, *, start: int, width: int, numbers: list[int], price_unit: float, qty_unit: float
+    flow: DayFlow, *, start: int, width: int, numbers: list[int], price_unit: Fraction, qty_unit: Fraction
 ) -> pd.DataFrame:
     """Buckets of a day in real units, a row per (bucket, cluster) and per bucket for all clusters.
 
     Columns bucket_ts, cluster (-1 = all), n_trades, ofi_size = sum(s qty) in base units,
     ofi_count = sum(s), ofi_notional = sum(s price qty) in quote units; 0 where nothing traded.
-    Each value is one rounding away from the exact integer sum.
+    Each value is the float nearest to the exact sum.
     """
     n_buckets, k = flow.size.shape
     notional = flow.notional_high.astype(object) * 2**32 + flow.notional_low.astype(object)
@@ -74,10 +75,14 @@ def flow_table(
             "cluster": np.tile(np.array([ALL_CLUSTERS, *numbers], np.int8), n_buckets),
         }
     )
-    units = {"n_trades": 1, "ofi_size": qty_unit, "ofi_count": 1, "ofi_notional": price_unit * qty_unit}
+    one = Fraction(1)
+    units = {"n_trades": one, "ofi_size": qty_unit, "ofi_count": one, "ofi_notional": price_unit * qty_unit}
     for name, values in columns.items():
         whole = np.concatenate([values.sum(axis=1, keepdims=True), values], axis=1).ravel()
-        table[name] = whole.astype(np.int64) if name == "n_trades" else whole.astype(np.float64) * units[name]
+        unit = units[name]
+        # Python divides integers of any size with one rounding.
+        real = whole * unit.numerator / unit.denominator
+        table[name] = whole.astype(np.int64) if name == "n_trades" else real.astype(np.float64)
     return table
 
 

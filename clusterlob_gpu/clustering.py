@@ -246,6 +246,25 @@ def _locate(counts: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return bins, ranks - before
 
 
+def interpret(centroids: np.ndarray, same_side: str) -> list[str]:
+    """What each centroid says in words: features more than a third of a deviation from the mean."""
+    near, far = ("own", "opposite") if same_side == "own" else ("consumed", "other")
+    words = {
+        "v_rel": ("large against the touch", "small against the touch"),
+        "sbs": (f"thick {near} side", f"thin {near} side"),
+        "obs": (f"thick {far} side", f"thin {far} side"),
+        "spread": ("wide spread", "tight spread"),
+        "t_m": ("after long mid stability", "soon after a mid move"),
+        "t_age": ("old best price", "fresh best price"),
+    }
+    found = []
+    for centroid in centroids:
+        strongest = np.argsort(-np.abs(centroid), kind="stable")
+        said = [words[FEATURES[j]][int(centroid[j] < 0)] for j in strongest if abs(centroid[j]) > 1 / 3]
+        found.append(", ".join(said) or "near the average trade")
+    return found
+
+
 @dataclass(frozen=True)
 class Model:
     """A fitted clustering of one symbol: enough to label new days without fitting."""
@@ -290,7 +309,9 @@ class Model:
             raise InputError(f"{where}: centroids must be k x {len(Z_FEATURES)} in the order {Z_FEATURES}")
         if not np.isfinite(centroids).all():
             raise InputError(f"{where}: centroids hold values that are not finite")
-        held = Bounds.none() if bounds is None else Bounds(*(np.array(bounds[side]) for side in ("low", "high")))
+        held = (
+            Bounds.none() if bounds is None else Bounds(*(np.array(bounds[side]) for side in ("low", "high")))
+        )
         try:
             return cls(centroids=centroids, bounds=held, **values)
         except TypeError as error:

@@ -15,8 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
-from pydantic import model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from clusterlob_gpu.errors import ConfigError, InputError
 from clusterlob_gpu.schema import US_PER_DAY, US_PER_SECOND
@@ -210,7 +217,9 @@ class Preset(BaseModel):
 def preset_names() -> list[str]:
     """Names of the presets that come with the package."""
     folder = resources.files("clusterlob_gpu") / "presets"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def read_preset(name: str) -> Preset:

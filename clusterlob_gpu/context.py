@@ -10,6 +10,7 @@ Units: times in us UTC, prices and sizes in the symbol's integer units.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +18,7 @@ import pandas as pd
 
 from clusterlob_gpu import kernels
 from clusterlob_gpu.kernels import NO_TIME
+from clusterlob_gpu.lake.symbols import decode
 from clusterlob_gpu.schema import BookRows, Context
 
 FAULTS = {kernels.EMPTY_SIDE: "empty_side", kernels.NON_POSITIVE: "non_positive", kernels.CROSSED: "crossed"}
@@ -92,12 +94,14 @@ def summarise(rows: pd.DataFrame) -> BookSummary:
     if rows.empty:
         return BookSummary(None, None, NO_TIME, NO_TIME, NO_TIME)
     mid, bid, ask = change_times(rows, None)
-    first, last = (_plain(rows.iloc[i].to_dict()) for i in (0, -1))
+    first, last = (_row(rows, at) for at in (0, -1))
     return BookSummary(first, last, int(mid[-1]), int(bid[-1]), int(ask[-1]))
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: float(value) if name == "tick" else int(value) for name, value in row.items()}
+def _row(rows: pd.DataFrame, at: int) -> dict[str, Any]:
+    """One row as plain values, column by column: a row of a mixed frame would turn integers to floats."""
+    values = {name: rows[name].iloc[at] for name in ROW_COLUMNS}
+    return {name: float(value) if name == "tick" else int(value) for name, value in values.items()}
 
 
 def fold(carry: BookCarry | None, day: BookSummary) -> BookCarry | None:
@@ -147,7 +151,7 @@ def change_times(rows: pd.DataFrame, carry: BookCarry | None) -> tuple[np.ndarra
     return changes[0], changes[1], changes[2]
 
 
-def make_context(rows: pd.DataFrame, carry: BookCarry | None, qty_unit: float, spread: str) -> Context:
+def make_context(rows: pd.DataFrame, carry: BookCarry | None, qty_unit: Fraction, spread: str) -> Context:
     """Context columns of a day from its valid rows and the state it starts from."""
     rows = with_carry(rows, carry)
     mid_change, bid_change, ask_change = change_times(rows, carry)
@@ -157,8 +161,8 @@ def make_context(rows: pd.DataFrame, carry: BookCarry | None, qty_unit: float, s
         ts=rows["ts"].to_numpy(),
         mid2=bid + ask,
         touch_qty=rows["bid_sz"].to_numpy() + rows["ask_sz"].to_numpy(),
-        log_bid=np.log1p(rows["bid_depth"].to_numpy() * qty_unit),
-        log_ask=np.log1p(rows["ask_depth"].to_numpy() * qty_unit),
+        log_bid=np.log1p(decode(rows["bid_depth"].to_numpy(), qty_unit)),
+        log_ask=np.log1p(decode(rows["ask_depth"].to_numpy(), qty_unit)),
         spread=width / rows["tick"].to_numpy() if spread == "ticks" else 2e4 * width / (bid + ask),
         mid_change=mid_change,
         bid_change=bid_change,

@@ -38,8 +38,10 @@ class MetTrades:
 
     def take(self, mask: np.ndarray) -> MetTrades:
         """The trades that the mask keeps."""
-        columns = (self.ts, self.sign, self.price, self.qty, self.row)
-        return MetTrades(*(column[mask] for column in columns), self.raw[:, mask], self.dropped)
+        ts, sign, price, qty, row = (
+            column[mask] for column in (self.ts, self.sign, self.price, self.qty, self.row)
+        )
+        return MetTrades(ts, sign, price, qty, row, self.raw[:, mask], self.dropped)
 
 
 def meet(

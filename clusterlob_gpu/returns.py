@@ -7,7 +7,7 @@ the UTC day that holds the microsecond before t.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -25,12 +25,11 @@ def day_before(t: np.ndarray | int) -> np.ndarray | int:
     return (t - 1) // US_PER_DAY
 
 
-def bucket_times(start: int, stop: int, width: int, horizons: Sequence[int]) -> np.ndarray:
-    """Every time at which the returns of the buckets in [start, stop) need a mid, sorted."""
-    b = np.arange(start, stop, width, dtype=np.int64)
+def bucket_times(buckets: np.ndarray, width: int, horizons: Sequence[int]) -> np.ndarray:
+    """Every time (us) at which the returns of the buckets that start at `buckets` need a mid, sorted."""
     offsets = [0, width, 2 * width, *(width + h for h in horizons)]
-    midnight = (b // US_PER_DAY + 1) * US_PER_DAY
-    return np.unique(np.concatenate([*(b + offset for offset in offsets), midnight]))
+    midnight = (buckets // US_PER_DAY + 1) * US_PER_DAY
+    return np.unique(np.concatenate([*(buckets + offset for offset in offsets), midnight]))
 
 
 def mids_at(times: np.ndarray, book_ts: np.ndarray, mid2: np.ndarray, max_staleness: int) -> np.ndarray:
@@ -44,31 +43,33 @@ def mids_at(times: np.ndarray, book_ts: np.ndarray, mid2: np.ndarray, max_stalen
     return out
 
 
-def return_columns(
-    buckets: np.ndarray, mids: Mapping[int, float], width: int, horizons: Sequence[int]
-) -> pd.DataFrame:
-    """Returns of the buckets that start at `buckets` (us), from twice the mids by time.
+def return_columns(buckets: np.ndarray, mids: pd.Series, width: int, horizons: Sequence[int]) -> pd.DataFrame:
+    """Returns of the buckets that start at `buckets` (us), from twice the mids, indexed by time (us).
 
     conr = ln mid(b + w) / mid(b), frnb = ln mid(b + 2w) / mid(b + w),
     freb = ln mid(midnight) / mid(b + w) with the midnight that ends the bucket's own UTC day, and
     r_<h> = ln mid(b + w + h) / mid(b + w).  Null when either mid is null.
     """
-    series = pd.Series(mids, dtype=np.float64)
 
-    def log_mid(times: np.ndarray) -> np.ndarray:
-        return np.log(series.reindex(times).to_numpy())
+    def mid(times: np.ndarray) -> np.ndarray:
+        return mids.reindex(times).to_numpy()
 
-    known = log_mid(buckets + width)
+    known = mid(buckets + width)
     midnight = (buckets // US_PER_DAY + 1) * US_PER_DAY
     columns = {
         "bucket_ts": buckets,
-        "conr": known - log_mid(buckets),
-        "frnb": log_mid(buckets + 2 * width) - known,
-        "freb": log_mid(midnight) - known,
+        "conr": _log_return(mid(buckets), known),
+        "frnb": _log_return(known, mid(buckets + 2 * width)),
+        "freb": _log_return(known, mid(midnight)),
     }
     for h in horizons:
-        columns[f"r_{format_duration(h)}"] = log_mid(buckets + width + h) - known
+        columns[f"r_{format_duration(h)}"] = _log_return(known, mid(buckets + width + h))
     return pd.DataFrame(columns)
+
+
+def _log_return(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """ln(last / first) of integer-valued mids: their difference is exact before it is divided."""
+    return np.log1p((last - first) / first)
 
 
 def day_markouts(
@@ -96,7 +97,19 @@ def day_markouts(
     for horizon in MARKOUTS_US:
         count, total = np.zeros(shape, np.int64), np.zeros(shape)
         kernels.markout_sums(
-            ts, sign, row, label, book_ts, mid2, covered_until, max_staleness, horizon, start, width, count, total
+            ts,
+            sign,
+            row,
+            label,
+            book_ts,
+            mid2,
+            covered_until,
+            max_staleness,
+            horizon,
+            start,
+            width,
+            count,
+            total,
         )
         b, c = np.nonzero(count)
         tables.append(

@@ -106,8 +106,10 @@ class RunDirectory:
 
     def __init__(self, out: Path) -> None:
         self.out = Path(out).absolute()
-        if self.out.exists() and not (self.out / "run.json").exists() and (
-            not self.out.is_dir() or any(self.out.iterdir())
+        if (
+            self.out.exists()
+            and not (self.out / "run.json").exists()
+            and (not self.out.is_dir() or any(self.out.iterdir()))
         ):
             raise InputError(f"--out {self.out}: exists and is not a run; choose an empty or new directory")
         self.work = self.out.with_name(f".{self.out.name}.{uuid.uuid4().hex[:8]}.partial")

@@ -71,7 +71,9 @@ def _named_place(name: str) -> Path:
         if (folder / f"{name}.yaml").exists():
             return folder / f"{name}.yaml"
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    raise ConfigError(f"--workers {name}: no such place; there are {', '.join(known)}, or give a number or a file")
+    raise ConfigError(
+        f"--workers {name}: no such place; there are {', '.join(known)}, or give a number or a file"
+    )
 
 
 @contextmanager

@@ -85,7 +85,8 @@ def read_blocks(
 
 
 def _read_block(path: Path, text: bytes, last_line: int, parse: partial[pa.Table]) -> CsvBlock:
-    n_lines = text.count(b"\n") + (not text.endswith(b"\n"))
+    n_ends = int(np.count_nonzero(np.frombuffer(text, np.uint8) == ord("\n")))
+    n_lines = n_ends + (not text.endswith(b"\n"))
     try:
         table = parse(text)
         if len(table) == n_lines:
@@ -111,7 +112,7 @@ def _read_block(path: Path, text: bytes, last_line: int, parse: partial[pa.Table
 
 
 def _parse(text: bytes, header: list[str], types: Mapping[str, pa.DataType]) -> pa.Table:
-    if not text.strip():
+    if not text or text.isspace():
         return pa.schema(list(types.items())).empty_table()
     return pacsv.read_csv(
         pa.BufferReader(text),
@@ -151,7 +152,6 @@ def _explain(message: str, header: list[str], row: bytes) -> str:
 def _texts(path: Path) -> Iterator[bytes]:
     """Decompressed text after the header line, cut at line ends, one block decoded ahead."""
     with _open(path) as file, ThreadPoolExecutor(1) as ahead:
-        last_line = 1
         try:
             file.readline()
             rest = b""
@@ -162,12 +162,11 @@ def _texts(path: Path) -> Iterator[bytes]:
                 if cut:
                     text, rest = rest + chunk[:cut], chunk[cut:]
                     yield text
-                    last_line += text.count(b"\n")
                 else:
                     rest += chunk
                 if len(rest) > LONGEST_LINE:
                     raise LakeError(
-                        f"{path}, line {last_line + 1}: longer than {LONGEST_LINE} bytes; not a CSV file"
+                        f"{path}: a line is longer than {LONGEST_LINE} bytes; is this a CSV file?"
                     )
         except (EOFError, OSError, zlib.error) as error:
             raise _broken(path, error) from None

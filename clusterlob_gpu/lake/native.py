@@ -23,22 +23,12 @@ import pyarrow.parquet as pq
 
 from clusterlob_gpu import kernels
 from clusterlob_gpu.errors import LakeError
+from clusterlob_gpu.lake.layout import day_start_us, partition_dir
 from clusterlob_gpu.lake.symbols import Symbol, find_symbol
 from clusterlob_gpu.schema import US_PER_DAY, BookRows, Trades
 
-_EPOCH = date(1970, 1, 1)
 _SNAPSHOT_BATCH = 16_384
 _ORDER = ("ts_local_us", "file_id", "file_line_number")
-
-
-def day_start(day: date) -> int:
-    """First microsecond of a UTC day."""
-    return (day - _EPOCH).days * US_PER_DAY
-
-
-def day_of(ts: int) -> date:
-    """UTC day of a time in microseconds."""
-    return _EPOCH + timedelta(days=ts // US_PER_DAY)
 
 
 def days_between(first: date, last: date) -> list[date]:
@@ -101,7 +91,7 @@ class SymbolLake:
         return self.symbol.rows.to_json()
 
     def _parts(self, table: str, day: date) -> list[_Part]:
-        folder = self._folder(table) / f"date={day}"
+        folder = partition_dir(self.root, table, self.symbol.exchange, day)
         files = sorted(path for path in folder.glob("*.parquet") if not path.name.startswith((".", "_")))
         parts = (_Part(path, self._row_groups(path)) for path in files)
         return [part for part in parts if part.row_groups]
@@ -111,7 +101,9 @@ class SymbolLake:
         try:
             file = pq.ParquetFile(path)
         except (pa.ArrowInvalid, OSError) as error:
-            raise LakeError(f"{path}: not a readable Parquet file ({_line(error)}); ingest it again") from None
+            raise LakeError(
+                f"{path}: not a readable Parquet file ({_line(error)}); ingest it again"
+            ) from None
         with file:
             names = file.schema_arrow.names
             if "symbol_id" not in names:
@@ -141,7 +133,7 @@ class SymbolLake:
             parts = [_last_groups(parts[0], last)]
         chunks = list(self._scalars(parts, day, ["side", "price_int", "qty_int"]))
         if not chunks:
-            raise LakeError(self._absent("trades", day))
+            raise LakeError(self.absent("trades", day))
         columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
         order = _order(columns)
         side = columns["side"].astype(np.uint8)
@@ -157,14 +149,15 @@ class SymbolLake:
         read = self._snapshots if table == "book_snapshot_25" else self._quotes
         chunks = list(read(day, depth))
         if not chunks:
-            raise LakeError(self._absent(table, day))
+            raise LakeError(self.absent(table, day))
         columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
         order = _order(columns)
         names = ("ts_local_us", "bid", "ask", "bid_sz", "ask_sz", "bid_depth", "ask_depth", "tick")
         ordered = [columns[name] if order is None else columns[name][order] for name in names]
         return BookRows(*ordered)
 
-    def _absent(self, table: str, day: date) -> str:
+    def absent(self, table: str, day: date) -> str:
+        """Message for a day without rows of the symbol: where it was looked for, what there is."""
         days = self.days(table)
         held = f"the lake holds {days[0]} to {days[-1]}" if days else "the lake has no day of it"
         return (
@@ -191,12 +184,14 @@ class SymbolLake:
     def _normalise(self, chunk: dict[str, np.ndarray], path: Path, day: date) -> dict[str, np.ndarray]:
         """Check the day, scale integers of every period to the symbol's units, add the tick."""
         ts = chunk["ts_local_us"]
-        start = day_start(day)
+        start = day_start_us(day)
         outside = (ts < start) | (ts >= start + US_PER_DAY)
         if outside.any():
             at = int(np.argmax(outside))
             when = datetime.fromtimestamp(int(ts[at]) / 1e6, UTC)
-            raise LakeError(f"{path}: row {at} has ts_local_us = {ts[at]} ({when:%Y-%m-%d}), not the day {day}")
+            raise LakeError(
+                f"{path}: row {at} has ts_local_us = {ts[at]} ({when:%Y-%m-%d}), not the day {day}"
+            )
         rows = self.symbol.rows
         if len(rows) == 1 and rows["valid_from_ts"][0] <= start < rows["valid_until_ts"][0] - US_PER_DAY:
             chunk["tick"] = np.full(len(ts), self.symbol.ticks()[0])

@@ -46,6 +46,11 @@ def decimal_unit(increments: list[float]) -> Fraction:
     return Fraction(reduce(gcd, (int(part * scale) for part in parts)), scale)
 
 
+def decode(values: np.ndarray, unit: Fraction) -> np.ndarray:
+    """Integers in real units, float64: the nearest float to the decimal, as 639441 x 0.1 = 63944.1."""
+    return values * unit.numerator / unit.denominator
+
+
 @dataclass(frozen=True)
 class Symbol:
     """One instrument: the rows of `dim_symbol`, sorted by `valid_from_ts`, and its common units."""
@@ -60,14 +65,14 @@ class Symbol:
         return sorted(set(self.rows["symbol_id"].tolist()))
 
     @property
-    def price_unit(self) -> float:
-        """Quote units per normalised price integer."""
-        return float(decimal_unit(self.rows["price_increment"].tolist()))
+    def price_unit(self) -> Fraction:
+        """Quote units per common price integer."""
+        return decimal_unit(self.rows["price_increment"].tolist())
 
     @property
-    def qty_unit(self) -> float:
-        """Base units per normalised size integer."""
-        return float(decimal_unit(self.rows["amount_increment"].tolist()))
+    def qty_unit(self) -> Fraction:
+        """Base units per common size integer."""
+        return decimal_unit(self.rows["amount_increment"].tolist())
 
     def row_at(self, symbol_ids: np.ndarray, ts: np.ndarray, where: str) -> np.ndarray:
         """Index into `rows` of the period that holds for each event.
@@ -94,7 +99,8 @@ class Symbol:
 
     def ticks(self) -> np.ndarray:
         """Tick size in common price units, one per row of `rows`."""
-        return self.rows["tick_size"].to_numpy(np.float64) / self.price_unit
+        sizes = self.rows["tick_size"].tolist()
+        return np.array([float(Fraction(repr(float(size))) / self.price_unit) for size in sizes])
 
 
 def read_dim_symbol(lake: Path) -> pd.DataFrame:

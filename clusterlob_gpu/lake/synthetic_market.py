@@ -244,10 +244,10 @@ def _random_type(u: float) -> int:
 
 @njit(nogil=True, cache=True)
 def _draw_qty(bits: np.uint64, key: np.uint64, counter: int) -> int:
-    """Lots: lognormal, and rarely a block from a Pareto tail with exponent 1.6."""
+    """Lots: lognormal, and rarely a block from a Pareto tail with exponent 2.5."""
     qty = _QTY_LOTS[(bits >> np.uint64(48)) & np.uint64(0x3FFF)]
     if _u16(bits, 2) > 0.9997:
-        qty *= 20 * _uniform(key, counter) ** (-1 / 1.6)
+        qty *= 15 * _uniform(key, counter) ** (-1 / 2.5)
     return max(1, int(min(qty, _MAX_QTY_LOTS)))
 
 
