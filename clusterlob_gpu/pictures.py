@@ -51,7 +51,7 @@ class View:
 
     @property
     def latest(self) -> pd.DataFrame:
-        """Centroids of the last window, by cluster."""
+        """Clusters of the last window."""
         last = self.centroids["window_id"].max()
         return self.centroids[self.centroids["window_id"] == last].sort_values("cluster")
 
@@ -130,11 +130,19 @@ def centroids(view: View) -> Figure:
     )
     figure = _figure(view, "centroids", caption, 1.7 + 0.42 * len(table))
     axes = figure.add_subplot()
-    bound = max(float(np.nanmax(np.abs(values))), 1e-9)
+    bound = max(float(np.nanmax(np.abs(values), initial=0.0)), 1e-9)
     image = axes.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         shade = "white" if abs(value) > 0.6 * bound else INK
-        axes.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize=9, color=shade)
+        axes.text(
+            j,
+            i,
+            f"{value:+.2f}" if np.isfinite(value) else "-",
+            ha="center",
+            va="center",
+            fontsize=9,
+            color=shade,
+        )
     axes.set_xticks(range(len(Z_FEATURES)), Z_FEATURES, fontsize=9)
     axes.set_yticks(range(len(table)), [view.name(int(c)) for c in table["cluster"]], fontsize=9)
     axes.tick_params(length=0)
@@ -146,9 +154,7 @@ def centroids(view: View) -> Figure:
 def shares(view: View) -> Figure:
     """Share of the trades in each cluster."""
     table = view.latest
-    caption = f"n = {table['count'].sum():,} trades" + (
-        ", training days of the last window." if view.walks else "."
-    )
+    caption = f"n = {table['count'].sum():,} trades" + (" of the last window." if view.walks else ".")
     figure = _figure(view, "share of trades per cluster", caption, 1.4 + 0.36 * len(table))
     axes = figure.add_subplot()
     at = np.arange(len(table))[::-1]

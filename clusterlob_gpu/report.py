@@ -1,8 +1,8 @@
 """What a finished run says: words, pictures and one self-contained page.
 
-Reads the run directory of `run cluster` and nothing else.  The words state what the numbers allow: which
-convention named the clusters, whether the sample is in-sample, what was dropped, which ICs differ from zero
-after correction, and how much data the rest would need.
+Reads the run directory of `run cluster` or `label` and nothing else.  The words state what the numbers
+allow: which convention named the clusters, whether the sample is in-sample, what was dropped, which ICs
+differ from zero after correction, and how much data the rest would need.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.evaluation import ALL_CLUSTERS, Z_95, Z_POWER
 from clusterlob_gpu.pictures import SIDES, View
 from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES
+
+EXPERIMENTS = ("cluster", "label")
+"""Runs that leave the tables shown here."""
 
 NOTHING = "-"
 HEADLINE_SIGNAL, HEADLINE_TARGET = "ofi_size", "frnb"
@@ -74,7 +77,7 @@ class Section:
 def read_run(out: Path) -> tuple[dict[str, Any], list[View]]:
     """run.json, and the tables of every symbol.
 
-    Raises InputError, naming the file, if the directory is not that of a finished cluster run.
+    Raises InputError, naming the file, if the directory is not that of a finished run.
     """
     path = Path(out) / "run.json"
     try:
@@ -83,9 +86,9 @@ def read_run(out: Path) -> tuple[dict[str, Any], list[View]]:
         raise InputError(f"{path}: cannot be read: {error.strerror}; pass the --out of a run") from None
     except ValueError:
         raise InputError(f"{path}: not valid JSON; repeat the run") from None
-    if info.get("experiment") != "cluster":
-        found = info.get("experiment")
-        raise InputError(f"{path}: experiment = {found!r}; only a run of `run cluster` can be shown")
+    if info.get("experiment") not in EXPERIMENTS:
+        found, known = info.get("experiment"), " and ".join(EXPERIMENTS)
+        raise InputError(f"{path}: experiment = {found!r}; only runs of {known} can be shown")
     tables = {name: _read(Path(out), name) for name in ("centroids", "buckets", "ic", "markouts")}
     tables["ic"] = tables["ic"][tables["ic"]["sample"] == info["sample"]]
     views = [
@@ -125,9 +128,9 @@ def findings(view: View) -> list[str]:
 
 def _sample_words(view: View) -> list[str]:
     if not view.in_sample:
-        return ["Out of sample: each day was labelled by clusters fitted on earlier days only."]
+        return ["Out of sample: no day was labelled by clusters that were fitted on that day."]
     return [
-        "In-sample: the clusters were fitted on the same days on which their ICs are measured. Read every "
+        "In-sample: the clusters were fitted on days on which their ICs are measured. Read every "
         "number as optimistic; a walk-forward run (train_days) gives out-of-sample ones."
     ]
 
