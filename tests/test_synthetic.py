@@ -21,6 +21,7 @@ from clusterlob_gpu.lake.layout import day_start_us
 from clusterlob_gpu.lake.symbols import find_symbol, read_dim_symbol, write_dim_symbol
 from clusterlob_gpu.lake.synthetic import (
     MarketConfig,
+    SyntheticDay,
     demo_market,
     ingest_synthetic,
     make_market,
@@ -220,10 +221,17 @@ def test_ticker__moves_slowly_and_funds_every_eight_hours(lake):
 
 
 def test_report__counts_what_was_written(tmp_path):
-    calls: list[tuple[int, int]] = []
+    calls: list[SyntheticDay] = []
     config = make_market(trades_per_day=1_000, days=2, symbols=("AUSDT", "BUSDT"))
-    report = ingest_synthetic(tmp_path, config, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    report = ingest_synthetic(tmp_path, config, progress=calls.append)
+    assert tuple(calls) == report.days
+    assert [(day.symbol, day.day.day) for day in calls] == [
+        ("AUSDT", 1),
+        ("AUSDT", 2),
+        ("BUSDT", 1),
+        ("BUSDT", 2),
+    ]
+    assert {(day.trades, day.snapshots) for day in calls} == {(1_000, 219)}
     assert (report.trades, report.snapshots) == (4_000, 4 * 219)
     assert report.bytes == sum(path.stat().st_size for path in tmp_path.rglob("date=*/*.parquet"))
     assert str(report).startswith(

@@ -161,49 +161,62 @@ def demo_market() -> MarketConfig:
 
 
 @dataclass(frozen=True)
-class SyntheticReport:
-    """What `ingest_synthetic` wrote: rows and file sizes over all symbols and days."""
+class SyntheticDay:
+    """One day of one symbol as it was written; `bytes` counts its four files."""
 
-    symbols: tuple[str, ...]
-    start: dt.date
-    end: dt.date
+    symbol: str
+    day: dt.date
     trades: int
     snapshots: int
     bytes: int
+
+
+@dataclass(frozen=True)
+class SyntheticReport:
+    """What `ingest_synthetic` wrote, and in how long; the totals are over all symbols and days."""
+
+    days: tuple[SyntheticDay, ...]
     seconds: float
 
+    @property
+    def trades(self) -> int:
+        """Trades written."""
+        return sum(day.trades for day in self.days)
+
+    @property
+    def snapshots(self) -> int:
+        """Book rows written."""
+        return sum(day.snapshots for day in self.days)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the files written."""
+        return sum(day.bytes for day in self.days)
+
     def __str__(self) -> str:
+        symbols = ", ".join(dict.fromkeys(day.symbol for day in self.days))
         return (
-            f"{', '.join(self.symbols)} from {self.start} to {self.end}: {self.trades:,} trades and "
+            f"{symbols} from {self.days[0].day} to {self.days[-1].day}: {self.trades:,} trades and "
             f"{self.snapshots:,} snapshots, {self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s"
         )
 
 
 def ingest_synthetic(
-    lake: Path, config: MarketConfig, *, progress: Callable[[int, int], None] | None = None
+    lake: Path, config: MarketConfig, *, progress: Callable[[SyntheticDay], None] | None = None
 ) -> SyntheticReport:
     """Write trades, book_snapshot_25, derivative_ticker, truth and dim_symbol of a synthetic market.
 
-    `progress` is called after every day with the days written and the days to write, all symbols together.
+    `progress` is called after every day of every symbol.
     """
     started = time.perf_counter()
     _write_symbols(lake, config)
-    size, done, total = 0, 0, len(config.symbols) * config.days
+    written = []
     for name in config.symbols:
         for number, market_day in enumerate(simulate(config, name)):
-            size += _write_day(lake, config, name, number, market_day)
-            done += 1
+            written.append(_write_day(lake, config, name, number, market_day))
             if progress is not None:
-                progress(done, total)
-    return SyntheticReport(
-        symbols=config.symbols,
-        start=config.start,
-        end=config.end,
-        trades=total * config.trades_per_day,
-        snapshots=total * config.snapshots_per_day,
-        bytes=size,
-        seconds=time.perf_counter() - started,
-    )
+                progress(written[-1])
+    return SyntheticReport(tuple(written), time.perf_counter() - started)
 
 
 def simulate(config: MarketConfig, symbol: str) -> Iterator[MarketDay]:
@@ -277,8 +290,10 @@ def _symbol_row(config: MarketConfig, name: str) -> dict[str, object]:
     }
 
 
-def _write_day(lake: Path, config: MarketConfig, name: str, number: int, market_day: MarketDay) -> int:
-    """Write the four files of one symbol and day; gives their size in bytes."""
+def _write_day(
+    lake: Path, config: MarketConfig, name: str, number: int, market_day: MarketDay
+) -> SyntheticDay:
+    """Write the four files of one symbol and day."""
     day = config.start + dt.timedelta(days=number)
     tables = {
         "truth": _truth_tables(config, name, market_day),
@@ -292,7 +307,7 @@ def _write_day(lake: Path, config: MarketConfig, name: str, number: int, market_
             for part in parts:
                 writer.write(part)
         size += writer.path.stat().st_size
-    return size
+    return SyntheticDay(name, day, config.trades_per_day, config.snapshots_per_day, size)
 
 
 def _trade_tables(config: MarketConfig, name: str, day: dt.date, market_day: MarketDay) -> Iterator[pa.Table]:

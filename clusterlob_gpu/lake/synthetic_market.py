@@ -39,9 +39,7 @@ LEVELS_STREAM = 7
 PASSIVE_SHARE, OPPORTUNISTIC_SHARE = 0.43, 0.19
 """Expected shares of the types; the rest, 0.38, is directional."""
 
-MEAN_EPISODE = 5.5
-"""Snapshots per episode: 1 or 2 tilted, 2 or 3 of lull, 1 or 2 of rest."""
-
+_MEAN_EPISODE = 5.5  # snapshots: 1 or 2 tilted, 2 or 3 of lull, 1 or 2 of rest
 _OPPORTUNISTIC_IN_TILT = OPPORTUNISTIC_SHARE / (1 - PASSIVE_SHARE)
 _DAILY_VOLATILITY = 0.025
 _BOOK_BIAS = 0.12  # shift of P(bids thick) per unit of `flow`
@@ -369,7 +367,7 @@ def market_rates(strength: float, snapshots_per_day: int) -> Rates:
     """Constants of a market whose daily volatility and 5 min drift do not depend on its size."""
     gap_seconds = US_PER_DAY / US_PER_SECOND / snapshots_per_day
     decay = np.exp(-gap_seconds / _LATENT_SECONDS)
-    moves = snapshots_per_day / MEAN_EPISODE
+    moves = snapshots_per_day / _MEAN_EPISODE
     per_bucket = math.sqrt(moves / 288)
     return Rates(
         strength=strength,
