@@ -158,11 +158,12 @@ def _ic_words(view: View) -> list[str]:
         listed = "; ".join(_one_ic(view, row) for _, row in best.head(5).iterrows())
         more = "; and others" if len(sure) > 5 else ""
         words.append(f"{len(sure)} of {tests} ICs differ from zero after correction: {listed}{more}.")
-    thin = int((rows["verdict"] == "thin").sum())
-    if thin:
+    thin = rows[rows["verdict"] == "thin"]
+    if len(thin):
+        which = ", ".join(thin["target"].unique())
         words.append(
-            f"{thin} of {len(rows)} rows are too thin to judge: constant, fewer than 30 buckets, or "
-            "less than four horizons."
+            f"{len(thin)} of {len(rows)} rows ({which}) are too thin to judge: constant, fewer than 30 buckets, "
+            "or less than four horizons."
         )
     return words
 

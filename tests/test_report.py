@@ -294,7 +294,7 @@ def test_findings__planted_effect_is_named_with_its_interval(walk: Path) -> None
     )
     assert "clusters differ from aggregate flow" in words
     assert "Over 4 windows the naming rule and the tracked match disagree 1 of 9 times" in words
-    assert "rows are too thin to judge" in words  # freb over three days
+    assert "12 of 60 rows (freb) are too thin to judge" in words  # freb over three days
 
 
 def test_needed_buckets__matches_the_power_formula() -> None:
@@ -360,7 +360,9 @@ def test_empty_cluster_and_null_mids__still_make_a_page(tmp_path: Path) -> None:
     ):
         table.to_parquet(results / f"{name}.parquet", index=False)
     assert render_run(out)[-1] == out / "report.html"
-    assert "15 of 24 rows are too thin to judge" in said(out)  # 12 without return, 3 without flow
+    assert "15 of 24 rows (frnb, r_15m) are too thin to judge" in said(
+        out
+    )  # 12 without return, 3 without flow
     assert "published difference" not in said(out)
     rows = [list(column.cells) for column in console_tables(out)[1].columns]
     assert set(rows[-1]) == {"thin"}
