@@ -84,18 +84,23 @@ class Steps:
         """`what`: book_price, trade_price or amount."""
         self._trackers.setdefault((day, what), (increment, StepTracker()))[1].add(integers)
 
-    def units(self, day: dt.date, has_book: bool) -> Units:
-        """Tick and lot of one day; the tick comes from book prices where the symbol has a book."""
-        price = self._step(day, "book_price") or (None if has_book else self._step(day, "trade_price"))
-        return Units(tick=price, lot=self._step(day, "amount"))
+    def units(self, day: dt.date, has_book: bool, known: bool) -> Units:
+        """Tick and lot of one day; the tick comes from book prices where the symbol has a book.
+
+        known : whether there are steps already that these refine; else a value alone tells none.
+        """
+        price = self._step(day, "book_price", known)
+        if price is None and not has_book:
+            price = self._step(day, "trade_price", known)
+        return Units(tick=price, lot=self._step(day, "amount", known))
 
     def days(self) -> list[dt.date]:
         """Days that have rows with prices."""
         return sorted({day for day, _ in self._trackers})
 
-    def _step(self, day: dt.date, what: str) -> Fraction | None:
+    def _step(self, day: dt.date, what: str, known: bool) -> Fraction | None:
         increment, tracker = self._trackers.get((day, what), (Fraction(1), StepTracker()))
-        return tracker.step * increment if tracker.step else None
+        return tracker.divisor * increment if tracker.varied or (known and tracker.divisor) else None
 
 
 def column_types(path: Path, kind: str, header: Sequence[str]) -> dict[str, pa.DataType]:
@@ -310,13 +315,13 @@ class Encoder:
     def _integers(self, rows: _Rows, values: np.ndarray, unit: str) -> np.ndarray:
         increment = rows.period.price if unit == "price" else rows.period.amount
         try:
-            integers = to_integers(values, increment)
+            found = to_integers(values, increment)
         except NotMultipleError as error:
             at = error.index // (values.size // len(values))
             line, ts = int(rows.lines[at]), int(rows.ts_local[at])
-            raise MisfitError(self.path, line, ts, unit, increment, error.values) from None
-        self.counts["rounded_values"] += integers.rounded
-        return integers.values
+            raise MisfitError(self.path, line, ts, unit, increment, error.misfits) from None
+        self.counts["rounded_values"] += found.rounded
+        return found.integers
 
     def _track_book(self, rows: _Rows, unit: str, integers: np.ndarray) -> None:
         if unit == "price":

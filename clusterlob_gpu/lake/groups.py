@@ -186,12 +186,15 @@ class _Group:
                 f"{float(misfit.increment)!r}; correct the table or the file"
             )
         needed = decimal_increment(misfit.values)
-        start = self._period_start(day_of_us(misfit.ts))
-        periods = refine(self.periods, start, Units(**{misfit.unit: needed}))
-        if needed is None or periods == self.periods:
+        if needed is None:
+            raise LakeError(f"{where} has more digits than an integer of 53 bits holds; mend the line")
+        periods = refine(
+            self.periods, self._period_start(day_of_us(misfit.ts)), Units(**{misfit.unit: needed})
+        )
+        if periods == self.periods:
             raise LakeError(
-                f"{where} cannot be held with 53 bits in increments of "
-                f"{float(needed or misfit.increment)!r}; mend the line, or give a coarser symbol table"
+                f"{where} cannot be held with 53 bits in increments of {float(misfit.increment)!r}, which "
+                "other values need; mend the line, or the finer ones"
             )
         return periods
 
@@ -200,7 +203,7 @@ class _Group:
         days = [self.day] if self.day in steps.days() else steps.days()
         start = self._period_start(self.day)
         for day in days:
-            self.periods = refine(self.periods, start, steps.units(day, self._has_book()))
+            self.periods = refine(self.periods, start, steps.units(day, self._has_book(), bool(self.stored)))
 
     def _period_start(self, day: dt.date) -> int:
         """Midnight of `day`, or the beginning of time where no earlier rows would be affected."""

@@ -21,19 +21,19 @@ _NOISE_ULPS = 2.0
 
 @dataclass(frozen=True)
 class Integers:
-    """values : int64, the shape of the input, 0 where it was NaN; rounded : cells with float noise."""
+    """integers : int64, the shape of the input, 0 where it was NaN; rounded : cells with float noise."""
 
-    values: np.ndarray
+    integers: np.ndarray
     rounded: int
 
 
 class NotMultipleError(ValueError):
-    """`index`, flat, is the first of the values that are no whole multiple; `values` are all of them."""
+    """`index`, flat, is the first of the values that are no whole multiple; `misfits` are all of them."""
 
-    def __init__(self, index: int, values: np.ndarray) -> None:
-        super().__init__(f"{values[0]!r} is no whole multiple of the increment")
+    def __init__(self, index: int, misfits: np.ndarray) -> None:
+        super().__init__(f"{misfits[0]!r} is no whole multiple of the increment")
         self.index = index
-        self.values = values
+        self.misfits = misfits
 
 
 def to_integers(values: np.ndarray, increment: Fraction) -> Integers:
@@ -66,7 +66,7 @@ def decimal_increment(values: np.ndarray) -> Fraction | None:
         try:
             to_integers(values, Fraction(1, 10**decimals))
         except NotMultipleError as error:
-            values = error.values
+            values = error.misfits
         else:
             return Fraction(1, 10**decimals)
     return None
@@ -76,26 +76,22 @@ class StepTracker:
     """Greatest common divisor of all integers seen: the tick, or the lot, in increments."""
 
     def __init__(self) -> None:
-        self._divisor = 0
+        self.divisor = 0
+        """0 as long as nothing but zeros was seen."""
+        self.varied = False
+        """Whether two different values were seen; one alone does not tell a step of its own."""
         self._first = 0
-        self._varied = False
 
     def add(self, integers: np.ndarray) -> None:
         """Take more integers into account; zeros (missing cells) say nothing."""
         flat = integers.ravel()
-        if not self._divisor:
+        if not self.divisor:
             flat = flat[flat != 0]
             if not len(flat):
                 return
-            self._divisor = self._first = abs(int(flat[0]))
-        rest = flat[flat % self._divisor != 0]
+            self._first = int(flat[0])
+            self.divisor = abs(self._first)
+        rest = flat[flat % self.divisor != 0]
         if len(rest):
-            self._divisor = int(np.gcd.reduce(rest, initial=self._divisor))
-        self._varied = self._varied or bool(((flat != self._first) & (flat != 0)).any())
-
-    @property
-    def step(self) -> int | None:
-        """Increments per step; 1 if only one value was ever seen, None if there was none."""
-        if not self._divisor:
-            return None
-        return self._divisor if self._varied else 1
+            self.divisor = int(np.gcd.reduce(rest, initial=self.divisor))
+        self.varied = self.varied or bool(((flat != self._first) & (flat != 0)).any())

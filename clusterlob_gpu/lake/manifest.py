@@ -13,6 +13,7 @@ import datetime as dt
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ MANIFEST_FILE = "manifest.parquet"
 JOURNAL_FILE = ".commit.json"
 LOCK_DIR = ".locks"
 
+_HIDDEN = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 _NEVER = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 MANIFEST = pa.schema(
@@ -173,24 +175,31 @@ def pending(lake: Path) -> bool:
 
 
 def recover(lake: Path) -> None:
-    """Finish an interrupted commit, if there is one.
+    """Finish an interrupted commit, if there is one, and drop what was staged beside it.
 
     Raises LakeError if the journal cannot be read.
     """
     journal = lake / JOURNAL_FILE
     with lake_lock(lake):
-        if not journal.exists():
-            return
-        try:
-            steps: dict[str, Any] = json.loads(journal.read_text())
-        except ValueError:
-            raise LakeError(f"{journal}: not readable; delete it and ingest the last files again") from None
-        for staged, final in steps["renames"]:
-            if (lake / staged).exists():
-                os.replace(lake / staged, lake / final)
-        for path in steps["removals"]:
-            (lake / path).unlink(missing_ok=True)
-        journal.unlink()
+        if journal.exists():
+            _apply_journal(lake, journal)
+        for path in lake.glob(".*.tmp"):
+            if _HIDDEN.fullmatch(path.name):
+                path.unlink()
+
+
+def _apply_journal(lake: Path, journal: Path) -> None:
+    """Every step may be done already: an interrupted pass is repeated as a whole."""
+    try:
+        steps: dict[str, Any] = json.loads(journal.read_text())
+    except ValueError:
+        raise LakeError(f"{journal}: not readable; delete it and ingest the last files again") from None
+    for staged, final in steps["renames"]:
+        if (lake / staged).exists():
+            os.replace(lake / staged, lake / final)
+    for path in steps["removals"]:
+        (lake / path).unlink(missing_ok=True)
+    journal.unlink()
 
 
 def _write_journal(lake: Path, renames: list[tuple[Path, Path]], removals: list[Path]) -> None:
