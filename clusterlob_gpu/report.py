@@ -162,8 +162,8 @@ def _ic_words(view: View) -> list[str]:
     if len(thin):
         which = ", ".join(thin["target"].unique())
         words.append(
-            f"{len(thin)} of {len(rows)} rows ({which}) are too thin to judge: constant, fewer than 30 buckets, "
-            "or less than four horizons."
+            f"{len(thin)} of {len(rows)} rows ({which}) are too thin to judge: constant, fewer than 30 "
+            "buckets, or less than four horizons."
         )
     return words
 
