@@ -19,10 +19,14 @@ from clusterlob_gpu.errors import ClusterlobError, InputError
 
 if TYPE_CHECKING:
     from clusterlob_gpu.config import ClusterConfig, Preset
+    from clusterlob_gpu.lake.synthetic import MarketConfig, SyntheticReport
     from clusterlob_gpu.pipeline import RunRequest
     from clusterlob_gpu.workers import Progress
 
 _DAY = click.DateTime(["%Y-%m-%d"])
+
+_PAGE_WIDTH = 150
+"""Columns of a table that goes to a file or a pipe."""
 
 
 def main() -> None:
@@ -97,6 +101,7 @@ def ingest() -> None:
 )
 def ingest_tardis(source: Path, lake: Path, symbols_file: Path | None, **limits: Any) -> None:
     """Ingest Tardis CSV files (.csv or .csv.gz) below SOURCE."""
+    from clusterlob_gpu import console
     from clusterlob_gpu.lake import tardis
 
     with _progress() as step:
@@ -108,9 +113,9 @@ def ingest_tardis(source: Path, lake: Path, symbols_file: Path | None, **limits:
             start=_day(limits["start"]),
             end=_day(limits["end"]),
             symbol_table=symbols_file,
-            progress=lambda at: step(f"ingest {at.path.name}", at.done, at.total),
+            progress=lambda at: step(f"{at.source}: {at.rows:,} rows", at.number - 1, at.of),
         )
-    _print(tardis.report_table(done))
+    _print(*console.ingest_tables(done))
 
 
 @ingest.command("synthetic")
@@ -128,9 +133,22 @@ def ingest_synthetic(lake: Path, start: datetime, full_size: bool, **settings: A
     from clusterlob_gpu.lake import synthetic
 
     config = synthetic.make_market(start=start.date(), full_size=full_size, **settings)
+    click.echo(str(_make(lake, config)))
+
+
+def _make(lake: Path, config: MarketConfig) -> SyntheticReport:
+    """Make a synthetic lake with a progress bar."""
+    from clusterlob_gpu.lake import synthetic
+
+    done = 0
+
+    def count(day: synthetic.SyntheticDay) -> None:
+        nonlocal done
+        done += 1
+        step(f"made {day.symbol} {day.day}", done, config.days * len(config.symbols))
+
     with _progress() as step:
-        done = synthetic.ingest_synthetic(lake, config, progress=lambda at, of: step("make days", at, of))
-    click.echo(str(done))
+        return synthetic.ingest_synthetic(lake, config, progress=count)
 
 
 @cli.group()
@@ -189,7 +207,9 @@ def info(out: Path) -> None:
 
 
 @cli.command("check")
-@click.option("--lake", type=click.Path(exists=True, path_type=Path), required=True, help="Folder of the lake.")
+@click.option(
+    "--lake", type=click.Path(exists=True, path_type=Path), required=True, help="Folder of the lake."
+)
 @click.option("--exchange", help="Only this exchange.")
 @click.option("--symbol", help="Only this instrument.")
 def check(lake: Path, exchange: str | None, symbol: str | None) -> None:
@@ -209,10 +229,7 @@ def demo(out: Path, workers: str) -> None:
     from clusterlob_gpu.lake import synthetic
 
     market = synthetic.demo_market()
-    with _progress() as step:
-        synthetic.ingest_synthetic(
-            out / "lake", market, progress=lambda at, of: step("make the synthetic lake", at, of)
-        )
+    click.echo(f"lake: {_make(out / 'lake', market)}")
     options = {
         "lake": out / "lake",
         "exchange": market.exchange,
@@ -300,5 +317,7 @@ def _print(*tables: Any) -> None:
     from rich.console import Console
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PAGE_WIDTH)
     for table in tables:
         console.print(table)
