@@ -27,7 +27,7 @@ from clusterlob_gpu.lake.increments import NotMultipleError, StepTracker, decima
 from clusterlob_gpu.lake.layout import PartitionWriter, day_of_us, day_start_us, file_stem, symbol_files
 from clusterlob_gpu.lake.manifest import FileKey, read_manifest
 from clusterlob_gpu.lake.runs import id_keys
-from clusterlob_gpu.lake.symbols import read_dim_symbol, symbol_id
+from clusterlob_gpu.lake.symbols import read_dim_symbol, split_assets, symbol_id
 from clusterlob_gpu.lake.tardis import IngestReport, ingest_tardis
 from clusterlob_gpu.schema import LAKE_TABLES, MAX_TS, TRADES, US_PER_DAY
 
@@ -210,6 +210,20 @@ def test_id_keys__equal_ids_have_equal_keys_in_any_company():
     assert alone.tolist() == [12, 7]
     assert mixed[[2, 0]].tolist() == [12, 7]
     assert len(set(mixed.tolist())) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("BTCUSDT", ("BTC", "USDT")),
+        ("ETH-USD", ("ETH", "USD")),
+        ("ETHBTC", ("ETH", "BTC")),
+        ("AIG", (None, None)),
+        ("USD", (None, None)),
+    ],
+)
+def test_split_assets__reads_the_name(name, expected):
+    assert split_assets(name) == expected
 
 
 # ---- paths -------------------------------------------------------------------------------------------

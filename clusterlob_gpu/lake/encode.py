@@ -24,7 +24,7 @@ from clusterlob_gpu.lake.csv_blocks import CsvBlock
 from clusterlob_gpu.lake.increments import NotMultipleError, StepTracker, to_integers
 from clusterlob_gpu.lake.layout import day_of_us, list_column
 from clusterlob_gpu.lake.periods import Period, Periods, Units, period_of
-from clusterlob_gpu.lake.symbols import exchange_id, symbol_id
+from clusterlob_gpu.lake.symbols import canonical_symbol, exchange_id, symbol_id
 from clusterlob_gpu.schema import BOOK_LEVELS, LAKE_TABLES, SIDE_BUY, SIDE_SELL, SIDE_UNKNOWN, US_PER_DAY
 
 TABLE_OF = {
@@ -119,11 +119,6 @@ def column_types(path: Path, kind: str, header: Sequence[str]) -> dict[str, pa.D
                 f"is this a file of {kind}?"
             )
     return types
-
-
-def canonical(symbol: str) -> str:
-    """Name of a symbol as in the vendor's paths: upper case, `-` for slashes and colons."""
-    return symbol.upper().replace("/", "-").replace(":", "-")
 
 
 def _n_levels(header: Sequence[str]) -> int:
@@ -355,7 +350,7 @@ class Encoder:
     def _check_names(self, table: pa.Table, lines: np.ndarray, name: str, expected: str) -> None:
         column = table[name].combine_chunks()
         for text in column.dictionary.to_pylist():
-            if canonical(text) != canonical(expected):
+            if canonical_symbol(text) != canonical_symbol(expected):
                 at = pc.index(column.cast(pa.string()), text).as_py()
                 raise self._error(
                     lines[at],

@@ -150,7 +150,7 @@ class _Group:
                     for day, rows in encoder.encode(block):
                         output.add(day, rows)
                         encoder.counts["rows_other_day"] += len(rows) * (day != key.day)
-                    last_line = block.last_line
+                    last_line = int(block.lines[-1]) if len(block.lines) else last_line
                     file.tell(encoder.rows_in)
             writers, repeats = output.finish()
         except BaseException:

@@ -9,6 +9,7 @@ only when it is complete: until then it has a hidden name that no reader of `*.p
 from __future__ import annotations
 
 import datetime as dt
+import glob
 import os
 import re
 import uuid
@@ -51,7 +52,7 @@ def file_stem(symbol: str, file_id: int) -> str:
 def symbol_files(lake: Path, table: str, exchange: str, day: dt.date, symbol: str) -> list[Path]:
     """Finished files of one symbol in a partition, in the order of their file_id."""
     found = []
-    for path in partition_dir(lake, table, exchange, day).glob("*.parquet"):
+    for path in partition_dir(lake, table, exchange, day).glob(f"{glob.escape(symbol)}-*.parquet"):
         match = _STEM.fullmatch(path.name)
         if match and match["symbol"] == symbol:
             found.append((int(match["file_id"]), path))
@@ -139,7 +140,6 @@ def _parquet_options(schema: pa.Schema) -> dict[str, object]:
         "compression": "zstd",
         "use_dictionary": False,
         "column_encoding": encoding,
-        "write_page_index": False,
     }
 
 

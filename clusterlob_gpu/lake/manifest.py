@@ -55,7 +55,7 @@ MANIFEST = pa.schema(
             metadata={"meaning": "of the stored bytes; empty: never finished"},
         ),
         pa.field("rows", pa.int64(), nullable=False, metadata={"meaning": "rows in the lake"}),
-        pa.field("last_line", pa.int64(), nullable=False),
+        pa.field("last_line", pa.int64(), nullable=False, metadata={"meaning": "line of the last row"}),
         pa.field("anomalies", pa.string(), nullable=False, metadata={"meaning": "counts by name, JSON"}),
         pa.field(
             "outputs", pa.list_(pa.string()), nullable=False, metadata={"meaning": "paths below the lake"}
@@ -101,9 +101,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_manifest(lake: Path) -> dict[FileKey, ManifestRow]:
-    """Every source file that the lake knows."""
-    return {row.key: row for row in map(_from_record, _read(lake).to_pylist())}
+def read_manifest(
+    lake: Path, exchange: str | None = None, symbol: str | None = None
+) -> dict[FileKey, ManifestRow]:
+    """The source files that the lake knows: all, or those of an exchange and symbol."""
+    table = _read(lake)
+    for name, value in (("exchange", exchange), ("symbol", symbol)):
+        if value is not None:
+            table = table.filter(pc.equal(table[name], value))
+    return {row.key: row for row in map(_from_record, table.to_pylist())}
 
 
 def lake_lock(lake: Path) -> FileLock:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from clusterlob_gpu.errors import InputError, LakeError
 from clusterlob_gpu.lake.increments import MAX_INTEGER
-from clusterlob_gpu.lake.symbols import exchange_id, split_assets, symbol_id
+from clusterlob_gpu.lake.symbols import canonical_symbol, exchange_id, split_assets, symbol_id
 from clusterlob_gpu.schema import MAX_TS
 
 PRICE_COLUMNS = ("price_int", "bids_px", "asks_px", "bid_px_int", "ask_px_int")
@@ -166,7 +166,7 @@ def read_symbol_table(path: Path) -> dict[tuple[str, str], Periods]:
                 raise InputError(
                     f"{path}: periods of {exchange} {symbol} overlap at {after.start}; part them"
                 )
-        found[str(exchange), str(symbol).upper()] = periods
+        found[str(exchange), canonical_symbol(str(symbol))] = periods
     return found
 
 

@@ -130,6 +130,11 @@ def dim_symbol_table(rows: pd.DataFrame) -> pa.Table:
     return pa.Table.from_pandas(rows[DIM_SYMBOL.names], schema=DIM_SYMBOL, preserve_index=False)
 
 
+def canonical_symbol(name: str) -> str:
+    """Name of a symbol as in Tardis paths: upper case, `-` for slashes and colons."""
+    return name.upper().replace("/", "-").replace(":", "-")
+
+
 def split_assets(name: str) -> tuple[str | None, str | None]:
     """Base and quote asset of a name such as BTCUSDT or ETH-USD; (None, None) where it does not tell."""
     for quote in QUOTE_ASSETS:

@@ -11,17 +11,18 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 from clusterlob_gpu.errors import InputError, LakeError
-from clusterlob_gpu.lake.encode import TABLE_OF, canonical
+from clusterlob_gpu.lake.encode import TABLE_OF
 from clusterlob_gpu.lake.groups import GroupFile, StagedFile, ingest_group, remove_leftovers
 from clusterlob_gpu.lake.manifest import FileKey, ManifestRow, read_manifest, reserve, sha256_of, symbol_lock
 from clusterlob_gpu.lake.periods import Periods, read_symbol_table
+from clusterlob_gpu.lake.symbols import canonical_symbol
 
 EXPECTED = "<exchange>/<type>/YYYY/MM/DD/<SYMBOL>.csv.gz or <exchange>_<type>_YYYY-MM-DD_<SYMBOL>.csv.gz"
 
@@ -147,8 +148,9 @@ def ingest_tardis(
     for (exchange, symbol), of_symbol in groupby(wanted, lambda item: (item.key.exchange, item.key.symbol)):
         with symbol_lock(lake, exchange, symbol):
             remove_leftovers(lake, exchange, symbol)
+            known = read_manifest(lake, exchange, symbol)
             for _, of_day in groupby(of_symbol, lambda item: item.key.day):
-                done, passed = _ingest_day(lake, list(of_day), given.get((exchange, symbol)), tell)
+                done, passed = _ingest_day(lake, list(of_day), known, given.get((exchange, symbol)), tell)
                 reports += done
                 ignored += passed
     return IngestReport(tuple(reports), tuple(ignored), time.perf_counter() - began)
@@ -172,7 +174,7 @@ def _discover(source: Path) -> tuple[list[_Source], list[tuple[str, str]]]:
                 day = dt.date.fromisoformat(match["date"].replace("/", "-"))
             except ValueError:
                 raise LakeError(f"{path}: {match['date']} is no date; rename the file") from None
-            key = FileKey(match["exchange"], TABLE_OF[match["kind"]], canonical(match["symbol"]), day)
+            key = FileKey(match["exchange"], TABLE_OF[match["kind"]], canonical_symbol(match["symbol"]), day)
             found.append(_Source(path, name, match["kind"], key))
     if not found:
         seen = f"found {ignored[0][0]} ({ignored[0][1]})" if ignored else "found no CSV file"
@@ -198,7 +200,7 @@ def _select(
     end: dt.date | None,
     tables: Collection[str] | None,
 ) -> list[_Source]:
-    names = {canonical(symbol) for symbol in symbols} if symbols else None
+    names = {canonical_symbol(symbol) for symbol in symbols} if symbols else None
     wanted = [
         item
         for item in found
@@ -242,10 +244,13 @@ def _order(item: _Source) -> tuple[str, str, dt.date, str]:
 
 
 def _ingest_day(
-    lake: Path, wanted: list[_Source], given: Periods | None, tell: Callable[[_Source, int], None]
+    lake: Path,
+    wanted: list[_Source],
+    known: Mapping[FileKey, ManifestRow],
+    given: Periods | None,
+    tell: Callable[[_Source, int], None],
 ) -> tuple[list[FileReport], list[tuple[str, str]]]:
     """Files of one symbol and day: what became of each, and those passed over."""
-    known = read_manifest(lake)
     reports, passed, changed = [], [], []
     for source in wanted:
         row, sha256 = known[source.key], sha256_of(source.path)
