@@ -214,9 +214,10 @@ def info(out: Path) -> None:
 @click.option("--symbol", help="Only this instrument.")
 def check(lake: Path, exchange: str | None, symbol: str | None) -> None:
     """List what a lake holds: days, rows, gaps, broken files, and signs of a wrong join."""
+    from clusterlob_gpu import console
     from clusterlob_gpu.lake import quality
 
-    _print(*quality.check_tables(lake, exchange, symbol))
+    _print(*console.check_tables(quality.check_lake(lake, exchange, symbol)))
 
 
 @cli.command("demo")
@@ -288,7 +289,8 @@ def _request(
 
 def _finish(job: Callable[..., Path], request: RunRequest, options: dict[str, Any]) -> None:
     """Run a job on its workers and print its tables."""
-    from clusterlob_gpu import pipeline, report as pages
+    from clusterlob_gpu import pipeline
+    from clusterlob_gpu import report as pages
     from clusterlob_gpu.workers import open_workers, read_place
 
     place = read_place(options["workers"])

@@ -17,9 +17,6 @@ from typing import Any, Self
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits
 
 from clusterlob_gpu import kernels
 from clusterlob_gpu.errors import ClusterlobError, InputError
@@ -90,17 +87,40 @@ def starting_centres(sample: np.ndarray, k: int, seed: int, n_init: int) -> np.n
 
     Raises InputError if the sample has fewer than k distinct rows.
     """
-    rows = np.ascontiguousarray(sample.T, dtype=np.float64)
-    distinct = len(np.unique(rows, axis=0))
-    if distinct < k:
+    sample = np.ascontiguousarray(sample)
+    rng = np.random.default_rng(seed)
+    starts = [plus_plus(sample, k, rng) for _ in range(n_init)]
+    starts = [start for start in starts if len(start) == k]
+    if not starts:
         raise InputError(
-            f"k = {k}: the training days have only {distinct} distinct feature rows of {len(rows)}; "
+            f"k = {k}: the training days have fewer than {k} distinct feature rows in {sample.shape[1]}; "
             "use a smaller k, a shorter window or more days"
         )
-    # One thread: the order of float sums, hence the last digit, must not depend on the machine.
-    with threadpool_limits(limits=1):
-        model = KMeans(k, init="k-means++", n_init=n_init, random_state=seed, max_iter=MAX_PASSES, tol=1e-6)
-        return model.fit(rows).cluster_centers_
+    bounds = Bounds.none()
+    fits = [lloyd(start, lambda centres: [partial(sample, bounds, centres)]) for start in starts]
+    return min(fits, key=lambda fit: fit.inertia).centroids
+
+
+def plus_plus(sample: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """Greedy k-means++: k rows of a sample (6, m), fewer if it has no more distinct ones.
+
+    Each next centre is the best of 2 + ln k rows drawn with probability proportional to the squared
+    distance to the nearest centre so far.  Arthur, Vassilvitskii (2007), SODA, 1027-1035.
+    """
+    rows = sample.astype(np.float64)
+    chosen = [int(rng.integers(rows.shape[1]))]
+    distance = ((rows - rows[:, chosen[0], None]) ** 2).sum(axis=0)
+    while len(chosen) < k and distance.max() > 0:
+        upto = np.cumsum(distance)
+        drawn = np.searchsorted(upto, rng.random(2 + int(np.log(k))) * upto[-1], side="right")
+        tried = [
+            np.minimum(distance, ((rows - rows[:, at, None]) ** 2).sum(axis=0))
+            for at in np.minimum(drawn, rows.shape[1] - 1)
+        ]
+        best = int(np.argmin([left.sum() for left in tried]))
+        chosen.append(int(min(drawn[best], rows.shape[1] - 1)))
+        distance = tried[best]
+    return rows[:, chosen].T
 
 
 def partial(z: np.ndarray, bounds: Bounds, centroids: np.ndarray) -> Partial:
@@ -133,6 +153,10 @@ def lloyd(centroids: np.ndarray, one_pass: Callable[[np.ndarray], Sequence[Parti
 
 def fit_sklearn(z: np.ndarray, centroids: np.ndarray) -> Fit:
     """The same fit by scikit-learn on the merged, clipped rows z (6, n), which must fit in memory."""
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    # One thread: the order of float sums, hence the last digit, must not depend on the machine.
     with threadpool_limits(limits=1):
         model = KMeans(len(centroids), init=centroids, n_init=1, max_iter=MAX_PASSES, tol=1e-9)
         labels = model.fit_predict(z.T.astype(np.float64))
@@ -349,6 +373,8 @@ def track(model: Model, previous: Model | None) -> pd.DataFrame:
         return table.assign(
             matched=pd.array(nothing, "Int64"), drift=np.nan, agrees=pd.array(nothing, "boolean")
         )
+    from scipy.optimize import linear_sum_assignment
+
     distance = np.linalg.norm(model.centroids[:, None] - previous.centroids[None], axis=2)
     mine, theirs = linear_sum_assignment(distance)
     matched = np.array(previous.numbers)[theirs]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from clusterlob_gpu.lake.quality import LakeCheck
     from clusterlob_gpu.lake.tardis import FileReport, IngestReport
 
 
@@ -15,7 +16,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     """A titled table; columns whose every entry starts like a number are right-aligned."""
     made = Table(title=title, title_justify="left")
     for at, name in enumerate(columns):
-        numeric = all(row[at][:1].isdigit() or row[at][:1] in "-−" for row in rows)
+        numeric = all(row[at][:1].isdigit() or row[at][:1] == "-" for row in rows)
         made.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         made.add_row(*row)
@@ -55,3 +56,49 @@ def _group_row(files: list[FileReport]) -> list[str]:
         f"{latencies[0]:,.0f} to {latencies[-1]:,.0f} ms" if latencies else "",
         ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())),
     ]
+
+
+def check_tables(found: LakeCheck) -> list[Table]:
+    """Days, rows and gaps of every table, and the join of every day."""
+    columns = ["exchange", "symbol", "table", "days", "from", "to", "rows", "gaps", "broken files"]
+    held = [
+        [
+            check.exchange,
+            check.symbol,
+            check.table,
+            str(len(check.days)),
+            str(check.days[0]) if check.days else "",
+            str(check.days[-1]) if check.days else "",
+            f"{check.rows:,}",
+            _few([str(day) for day in check.gaps]),
+            _few(check.broken),
+        ]
+        for check in found.tables
+    ]
+    joined = [
+        [
+            check.exchange,
+            check.symbol,
+            check.book,
+            str(check.day),
+            f"{check.trades:,}",
+            f"{check.book_rows:,}",
+            ", ".join(f"{name} {count:,}" for name, count in check.skipped.items() if count),
+            f"{check.touch_strict:.4f}",
+            f"{check.touch_inclusive:.4f}",
+            f"{check.buy_share:.3f}",
+            f"{check.longest_book_gap_s:,.1f}",
+        ]
+        for check in found.days
+    ]
+    join_columns = ["exchange", "symbol", "book", "day", "trades", "book rows", "skipped", "at touch, strict"]
+    join_columns += ["inclusive", "buys", "longest gap (s)"]
+    return [
+        table("tables", columns, held),
+        table("trades against the book: share at or through the touch", join_columns, joined),
+    ]
+
+
+def _few(entries: list[str], most: int = 5) -> str:
+    more = f" and {len(entries) - most} more" if len(entries) > most else ""
+    return ", ".join(entries[:most]) + more

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from arch.bootstrap import optimal_block_length
 from numpy.typing import NDArray
 from scipy.stats import false_discovery_control, norm, rankdata
 
@@ -30,6 +29,18 @@ Ints = NDArray[np.int64]
 
 ALL_CLUSTERS = -1
 OFI_KINDS = ("ofi_size", "ofi_count", "ofi_notional")
+
+MARKOUT_COLUMNS = (
+    "cluster",
+    "horizon_us",
+    "n",
+    "buckets",
+    "mean_bps",
+    "se_bps",
+    "ci_low",
+    "ci_high",
+    "t",
+)
 
 LEVEL = 0.05
 MIN_ROWS = 30
@@ -183,6 +194,8 @@ def _daily(pair: _Pair, day: Ints) -> dict[str, float]:
 
 def block_length(pairs: Sequence[_Pair], horizon: int) -> int:
     """One block for all signals of a target: their scores' longest optimal (circular) block, at least H."""
+    from arch.bootstrap import optimal_block_length  # more than a second of imports
+
     rows = len(pairs[0].x)
     series = [pair.scores() for pair in pairs if pair.usable and pair.n >= MIN_ROWS]
     # a perfect fit leaves scores of rounding size, on which the rule has nothing to say
@@ -352,7 +365,12 @@ def _target_rows(
     seed: int,
 ) -> list[dict[str, object]]:
     horizon = -(-target.horizon_us // width_us)
-    pairs = [_pair(grid[signal.column], grid[target.column]) for signal in signals]
+    # Places before the first and after the last value of the target hold nothing: neither lags nor
+    # blocks are counted over them.
+    held = np.flatnonzero(np.isfinite(grid[target.column]))
+    span = slice(held[0], held[-1] + 1) if len(held) else slice(0, 0)
+    day = day[span]
+    pairs = [_pair(grid[signal.column][span], grid[target.column][span]) for signal in signals]
     block = block_length(pairs, horizon)
     sampled = bootstrap_ics(pairs, block, draws, seed) if len(day) else np.full((draws, len(signals)), np.nan)
     at = {signal.name: i for i, signal in enumerate(signals)}
@@ -487,7 +505,7 @@ def markout_table(sums: pd.DataFrame, *, width_us: int) -> pd.DataFrame:
     table = []
     for (cluster, horizon_us), rows in sums.groupby(["cluster", "horizon_us"], sort=True):
         table.append({"cluster": cluster, "horizon_us": horizon_us} | _mean_row(rows, width_us))
-    return pd.DataFrame(table)
+    return pd.DataFrame(table, columns=list(MARKOUT_COLUMNS))
 
 
 def _mean_row(rows: pd.DataFrame, width_us: int) -> dict[str, float]:

@@ -36,8 +36,8 @@ class MetTrades:
     """(6, n) float64 in the order of `FEATURES`; NaN where a change time is not known."""
     dropped: dict[str, int]
 
-    def take(self, mask: np.ndarray) -> MetTrades:
-        """The trades that the mask keeps."""
+    def take(self, mask: np.ndarray | slice) -> MetTrades:
+        """The trades that the mask or slice keeps."""
         ts, sign, price, qty, row = (
             column[mask] for column in (self.ts, self.sign, self.price, self.qty, self.row)
         )
@@ -126,11 +126,14 @@ def scored(met: MetTrades, tail: np.ndarray, window: int) -> tuple[MetTrades, np
     """
     z = z_scores(met.raw, tail, window)
     warm = max(0, min(z.shape[1], window - 1 - tail.shape[1]))
-    known = ~np.isnan(z).any(axis=0)
+    known = ~np.isnan(z.sum(axis=0))
     dropped = met.dropped | {
         "warmup": warm,
         "null_change_time": int(np.count_nonzero(~known[warm:])),
     }
     if not known.all():
-        met, z = met.take(known), z[:, known]
+        first = int(np.argmax(known))
+        # Nearly always the first trades of a lake: a slice of them copies nothing.
+        kept = slice(first, None) if known[first:].all() else known
+        met, z = met.take(kept), z[:, kept]
     return MetTrades(met.ts, met.sign, met.price, met.qty, met.row, met.raw, dropped), z

@@ -42,7 +42,6 @@ from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES
 from clusterlob_gpu.store import RunDirectory, append_ledger
 from clusterlob_gpu.workers import Workers
 
-SIGNALS = ("ofi_size", "ofi_count", "ofi_notional")
 FEATURE_KEYS = ("book", "depth", "window", "same_side", "spread", "asof", "max_staleness")
 """Config fields on which the features depend; a model may only label days made with the same ones."""
 
@@ -172,12 +171,15 @@ def run_cluster(request: RunRequest, workers: Workers) -> Path:
     started_at = datetime.now(UTC)
     store = request.store or request.out.absolute().parent / "store"
     with RunDirectory(request.out) as directory:
-        tables: dict[str, list[pd.DataFrame]] = {}
+        parts: dict[str, list[pd.DataFrame]] = {}
         for run in runs:
             for name, table in _run_symbol(run, request, store, directory, workers, clock).items():
-                tables.setdefault(name, []).append(table)
-        for name, parts in tables.items():
-            directory.write_table(name, pd.concat(parts, ignore_index=True))
+                parts.setdefault(name, []).append(table)
+        tables = {name: pd.concat(part, ignore_index=True) for name, part in parts.items()}
+        with clock.stage("evaluate"):
+            tables["ic"] = _evaluate(request, tables["buckets"], tables["centroids"])
+        for name, table in tables.items():
+            directory.write_table(name, table)
         clustering.write_models([run.models[-1] for run in runs], directory.work / "model.json")
         summary = _summary(request, runs, workers, clock, started_at)
         directory.write_run(summary)
@@ -186,7 +188,7 @@ def run_cluster(request: RunRequest, workers: Workers) -> Path:
                 report.render_run(directory.work)
         directory.write_run(summary | {"timings": clock.stages, "seconds": clock.seconds})
         directory.publish()
-    _record(request, summary, pd.concat(tables["ic"]), clock.seconds)
+    _record(request, summary, tables["ic"], clock.seconds)
     return directory.out
 
 
@@ -213,9 +215,9 @@ def _run_symbol(
             labelled = _label(run, request, window, store, directory, workers)
         flows.append(_window_flow(run, request, window, labelled))
         markouts += [day.markouts for day in labelled]
-        where = {"symbol": run.name, "window_id": np.int32(window.id)}
-        centroids.append(_centroids(model, previous, labelled, request).assign(**where))
-        fits.append(_fit_row(model, window) | where)
+        table = _centroids(model, previous, labelled, request)
+        centroids.append(table.assign(symbol=run.name, window_id=np.int32(window.id)))
+        fits.append({"symbol": run.name, "window_id": np.int32(window.id)} | _fit_row(model, window))
     with clock.stage("returns"):
         buckets = pd.concat(flows, ignore_index=True)
         buckets = buckets.merge(_returns(run, request, buckets, store, workers), on="bucket_ts", how="left")
@@ -223,7 +225,6 @@ def _run_symbol(
         tables = {
             "centroids": _front(pd.concat(centroids, ignore_index=True), ["symbol", "window_id"]),
             "buckets": _front(buckets, ["symbol", "window_id"]),
-            "ic": _evaluate(run, request, buckets),
             "markouts": _markouts(run, request, markouts),
         }
     if request.config.train_days is not None and request.models is None:
@@ -469,34 +470,13 @@ def _returns(
     return returns.return_columns(starts, found, config.bucket, config.horizons)
 
 
-def _evaluate(run: SymbolRun, request: RunRequest, buckets: pd.DataFrame) -> pd.DataFrame:
-    """IC of every cluster's flow, and of all flow, against every target."""
-    config, model = request.config, run.models[-1]
-    targets = _targets(config)
-    columns = [target.column for target in targets]
-    panel = buckets.drop_duplicates("bucket_ts")[["bucket_ts", *columns]].set_index("bucket_ts")
-    wide = buckets.pivot(index="bucket_ts", columns="cluster", values=list(SIGNALS))
-    wide.columns = [f"{signal}:{cluster}" for signal, cluster in wide.columns]
-    panel = panel.join(wide).sort_index().reset_index()
-    tables = []
-    for signal in SIGNALS:
-        benchmark = f"{signal}:{bars.ALL_CLUSTERS}"
-        clusters = [bars.ALL_CLUSTERS, *model.numbers]
-        signals = [
-            evaluation.Signal(
-                name=f"{signal}:{cluster}",
-                column=f"{signal}:{cluster}",
-                benchmark=None if cluster == bars.ALL_CLUSTERS else benchmark,
-            )
-            for cluster in clusters
-        ]
-        tables.append(evaluation.ic_table(panel, signals, targets, width_us=config.bucket, seed=config.seed))
-    table = evaluation.judge(pd.concat(tables, ignore_index=True))
-    split = table["signal"].str.rsplit(":", n=1, expand=True)
-    labels = dict(zip(model.numbers, model.labels, strict=True)) | {bars.ALL_CLUSTERS: "all"}
-    table["signal"], table["cluster"] = split[0], split[1].astype(np.int8)
-    table = table.assign(symbol=run.name, sample=_sample(request), label=table["cluster"].map(labels))
-    return _front(table, ["symbol", "sample", "cluster", "label", "signal", "target"])
+def _evaluate(request: RunRequest, buckets: pd.DataFrame, centroids: pd.DataFrame) -> pd.DataFrame:
+    """IC of every cluster's flow, and of all flow, against every target, corrected over the whole run."""
+    config = request.config
+    table = evaluation.cluster_ic(buckets, _targets(config), width_us=config.bucket, seed=config.seed)
+    last = centroids.drop_duplicates(["symbol", "cluster"], keep="last")[["symbol", "cluster", "label"]]
+    table = table.merge(last, on=["symbol", "cluster"], how="left").fillna({"label": "all"})
+    return _front(table.assign(sample=_sample(request)), ["symbol", "sample", "cluster", "label"])
 
 
 def _targets(config: ClusterConfig) -> list[evaluation.Target]:
@@ -607,10 +587,9 @@ def _notes(request: RunRequest, runs: list[SymbolRun]) -> list[str]:
 def _record(request: RunRequest, summary: dict[str, Any], ic: pd.DataFrame, seconds: float) -> None:
     """Add the run to the ledger."""
     main = ic[(ic["signal"] == "ofi_size") & (ic["target"] == "frnb")]
-    headline = {
-        f"{row.symbol} ic frnb {row.label} ({row.cluster})": None if np.isnan(row.ic) else round(row.ic, 6)
-        for row in main.itertuples()
-    }
+    names = main["symbol"] + " ic frnb " + main["label"] + " (" + main["cluster"].astype(str) + ")"
+    values = main["ic"].round(6).astype(object).where(main["ic"].notna(), None)
+    headline = dict(zip(names, values, strict=True))
     append_ledger(
         request.out.absolute().parent,
         {

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from clusterlob_gpu import kernels
 from clusterlob_gpu.errors import LakeError
+from clusterlob_gpu.lake import manifest
 from clusterlob_gpu.lake.layout import day_start_us, partition_dir
 from clusterlob_gpu.lake.symbols import Symbol, find_symbol
 from clusterlob_gpu.schema import US_PER_DAY, BookRows, Trades
@@ -262,6 +263,10 @@ def open_symbol(root: Path, exchange: str, name: str) -> SymbolLake:
     root = Path(root)
     if not root.is_dir():
         raise LakeError(f"{root}: no such lake; make one with `clusterlob ingest`")
+    if manifest.pending(root):
+        raise LakeError(
+            f"{root}: an ingest was cut off between two renames; give its command again to finish it"
+        )
     return SymbolLake(root, find_symbol(root, exchange, name))
 
 
