@@ -245,16 +245,15 @@ def _prepare_states(run: SymbolRun, request: RunRequest, store: Path, workers: W
 
     Days before the range are added one by one until nothing earlier could alter the first state.
     """
-    config, first = request.config, run.wanted[0]
+    config, first, last = request.config, request.start, request.end
     reach = max(config.reach, 2 * config.bucket, max(returns.MARKOUTS_US))
-    last_needed = day_of_us(day_start_us(next_day(run.wanted[-1])) + reach)
-    after = [d for d in days_between(next_day(run.wanted[-1]), last_needed) if run.lake.has(config.book, d)]
-    _reduce(run, config, store, [*run.wanted, *after], "book", workers)
+    last_needed = day_of_us(day_start_us(next_day(last)) + reach)
+    held = [day for day in days_between(first, last_needed) if run.lake.has(config.book, day)]
+    _reduce(run, config, store, held, "book", workers)
     earliest = first
     while True:
         _carry_books(run, earliest)
-        tails = [d for d in days_between(earliest, run.wanted[-1]) if d < run.wanted[-1]]
-        _carry_tails(run, config, store, tails, workers)
+        _carry_tails(run, config, store, days_between(earliest, last), workers)
         before = previous_day(earliest)
         if _settled(run, config, earliest, first):
             break
@@ -282,15 +281,15 @@ def _carry_books(run: SymbolRun, earliest: date) -> None:
 
 
 def _carry_tails(
-    run: SymbolRun, config: ClusterConfig, store: Path, held: list[date], workers: Workers
+    run: SymbolRun, config: ClusterConfig, store: Path, chain: list[date], workers: Workers
 ) -> None:
-    """State of every wanted day; tails of the days in `held` are read where the lake has trades."""
-    traded = [day for day in held if run.lake.has("trades", day)]
+    """State at the start of every day of a chain, from the tails of the days before that have trades."""
+    traded = [day for day in chain[:-1] if run.lake.has("trades", day)]
     tasks = [(_job(run, config, store, day), run.books.get(day), run.carries.get(day)) for day in traded]
     own = dict(zip(traded, workers.map("tails", days.own_tail, tasks), strict=True))
     nothing = np.empty((len(FEATURES), 0))
     tail, run.states = nothing, {}
-    for day in [*held, run.wanted[-1]]:
+    for day in chain:
         run.states[day] = State(run.carries.get(day), tail)
         tail = features.last_columns(tail, own[day], config.window) if day in own else nothing
 
@@ -587,9 +586,11 @@ def _notes(request: RunRequest, runs: list[SymbolRun]) -> list[str]:
 def _record(request: RunRequest, summary: dict[str, Any], ic: pd.DataFrame, seconds: float) -> None:
     """Add the run to the ledger."""
     main = ic[(ic["signal"] == "ofi_size") & (ic["target"] == "frnb")]
-    names = main["symbol"] + " ic frnb " + main["label"] + " (" + main["cluster"].astype(str) + ")"
-    values = main["ic"].round(6).astype(object).where(main["ic"].notna(), None)
-    headline = dict(zip(names, values, strict=True))
+    columns = (main[name].tolist() for name in ("symbol", "label", "cluster", "ic"))
+    headline = {
+        f"{symbol} ic frnb {label} ({cluster})": round(ic, 6) if np.isfinite(ic) else None
+        for symbol, label, cluster, ic in zip(*columns, strict=True)
+    }
     append_ledger(
         request.out.absolute().parent,
         {
