@@ -201,9 +201,7 @@ def report(out: Path) -> None:
 @click.argument("out", type=click.Path(exists=True, path_type=Path))
 def info(out: Path) -> None:
     """Show the tables of a finished run."""
-    from clusterlob_gpu import report as pages
-
-    _print(*pages.console_tables(out))
+    _show(out)
 
 
 @cli.command("check")
@@ -290,14 +288,21 @@ def _request(
 def _finish(job: Callable[..., Path], request: RunRequest, options: dict[str, Any]) -> None:
     """Run a job on its workers and print its tables."""
     from clusterlob_gpu import pipeline
-    from clusterlob_gpu import report as pages
     from clusterlob_gpu.workers import open_workers, read_place
 
     place = read_place(options["workers"])
     pipeline.check_request(request)
     with _progress() as step, open_workers(place, step) as workers:
         out = job(request, workers)
-    _print(*pages.console_tables(out))
+    _show(out)
+
+
+def _show(out: Path) -> None:
+    """Print the tables of a finished run, and where its report is."""
+    from clusterlob_gpu import console, report
+
+    run, _ = report.read_run(out)
+    _print(*report.console_tables(out), console.rows_table(run))
     click.echo(f"report: {out / 'report.html'}")
     click.echo(f"pictures: {out / 'plots'}")
 

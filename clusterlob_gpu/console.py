@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -21,6 +21,23 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def rows_table(run: dict[str, Any]) -> Table:
+    """Rows of a run (the content of run.json): trades kept, trades and book rows dropped by reason."""
+    columns = ["symbol", "trades", "kept", "dropped", "book rows", "skipped"]
+    rows = [
+        [
+            symbol,
+            f"{counts['trades']:,}",
+            f"{counts['kept']:,}",
+            ", ".join(f"{reason} {count:,}" for reason, count in counts["dropped"].items()),
+            f"{counts['book_rows']:,}",
+            ", ".join(f"{reason} {count:,}" for reason, count in counts["book_skipped"].items()),
+        ]
+        for symbol, counts in run["rows"].items()
+    ]
+    return table("rows", columns, rows)
 
 
 def ingest_tables(done: IngestReport) -> list[Table]:
