@@ -211,31 +211,38 @@ def _block_sums(moments: Floats, length: int) -> Floats:
     return running[length:] - running[:-length]
 
 
-def bootstrap_ics(pairs: Sequence[_Pair], block: int, draws: int, seed: int) -> Floats:
-    """(draws, signals) ICs of circular block resamples, the same blocks for every signal.
+def block_resamples(moments: Floats, block: int, draws: int, seed: int) -> Floats:
+    """(draws, M) sums over circular block resamples of (T, M) moments.
 
-    A correlation needs six sums, and the sums of a resample are the sums of its blocks.  So a draw is a row
-    of counts (how often each start came up) and all draws of all signals are one matrix product.
+    A resample is T places: whole blocks, then one cut short.  Its sums are the sums of its blocks, so a draw
+    is a row of counts (how often each start came up) and all draws are one matrix product.
     """
-    rows, width = len(pairs[0].x), len(pairs)
-    used = np.column_stack([pair.used for pair in pairs]).astype(np.float64)
-    x = np.column_stack([pair.x for pair in pairs])
-    y = np.column_stack([pair.y for pair in pairs])
-    moments = np.hstack([used, x, y, x * x, y * y, x * y])
+    rows = len(moments)
     whole, rest = divmod(rows, block)
     sums = _block_sums(moments, block)
     tail = _block_sums(moments, rest) if rest else None
     rng = np.random.default_rng(seed)
-    out = np.empty((draws, width))
+    out = np.empty((draws, moments.shape[1]))
     for first in range(0, draws, _DRAWS_AT_ONCE):
         now = min(_DRAWS_AT_ONCE, draws - first)
         starts = rng.integers(rows, size=(now, whole)) + np.arange(now)[:, None] * rows
         counts = np.bincount(starts.ravel(), minlength=now * rows).reshape(now, rows)
-        total = counts.astype(np.float64) @ sums
+        out[first : first + now] = counts.astype(np.float64) @ sums
         if tail is not None:
-            total += tail[rng.integers(rows, size=now)]
-        out[first : first + now] = _correlation(total.reshape(now, 6, width))
+            out[first : first + now] += tail[rng.integers(rows, size=now)]
     return out
+
+
+def bootstrap_ics(pairs: Sequence[_Pair], block: int, draws: int, seed: int) -> Floats:
+    """(draws, signals) ICs of circular block resamples, the same blocks for every signal.
+
+    A correlation needs six sums: of 1, x, y, xx, yy and xy.
+    """
+    used = np.column_stack([pair.used for pair in pairs]).astype(np.float64)
+    x = np.column_stack([pair.x for pair in pairs])
+    y = np.column_stack([pair.y for pair in pairs])
+    total = block_resamples(np.hstack([used, x, y, x * x, y * y, x * y]), block, draws, seed)
+    return _correlation(total.reshape(draws, 6, len(pairs)))
 
 
 def _correlation(total: Floats) -> Floats:
@@ -365,10 +372,7 @@ def _target_rows(
     seed: int,
 ) -> list[dict[str, object]]:
     horizon = -(-target.horizon_us // width_us)
-    # Places before the first and after the last value of the target hold nothing: neither lags nor
-    # blocks are counted over them.
-    held = np.flatnonzero(np.isfinite(grid[target.column]))
-    span = slice(held[0], held[-1] + 1) if len(held) else slice(0, 0)
+    span = _held(grid[target.column])
     day = day[span]
     pairs = [_pair(grid[signal.column][span], grid[target.column][span]) for signal in signals]
     block = block_length(pairs, horizon)
@@ -386,9 +390,19 @@ def _target_rows(
             | _daily(pair, day)
             | _paired(pairs, sampled, i, other)
             | {"benchmark": signal.benchmark, "predictive": target.predictive}
-            | {"thin": not pair.usable or pair.n < max(MIN_ROWS, 4 * horizon)}
+            | {"thin": _is_thin(pair, horizon)}
         )
     return rows
+
+
+def _is_thin(pair: _Pair, horizon: int) -> bool:
+    return not pair.usable or pair.n < max(MIN_ROWS, 4 * horizon)
+
+
+def _held(target: Floats) -> slice:
+    """From the first to the last value: neither lags nor blocks are counted over the empty ends."""
+    held = np.flatnonzero(np.isfinite(target))
+    return slice(int(held[0]), int(held[-1]) + 1) if len(held) else slice(0, 0)
 
 
 def _inference(pair: _Pair, horizon: int, rollup: int) -> dict[str, float]:
@@ -444,6 +458,96 @@ def judge(table: pd.DataFrame) -> pd.DataFrame:
     verdict = np.select(
         [table["thin"], sure & (table["ci_low"] > 0), sure & (table["ci_high"] < 0)],
         ["thin", "positive", "negative"],
+        "undecided",
+    )
+    return table.assign(p_fdr=p_fdr, verdict=verdict)
+
+
+DIFFERENCE_COLUMNS = (
+    "signal",
+    "benchmark",
+    "target",
+    "horizon_us",
+    "n",
+    "ic",
+    "ic_benchmark",
+    "diff",
+    "diff_low",
+    "diff_high",
+    "diff_p",
+    "thin",
+)
+
+
+def difference_table(
+    panel: pd.DataFrame,
+    pairs: Sequence[tuple[Signal, Signal]],
+    targets: Sequence[Target],
+    *,
+    width_us: int,
+    draws: int = 1000,
+    seed: int = 7,
+) -> pd.DataFrame:
+    """Paired differences in IC of one symbol: each signal less its benchmark, both on the same rows.
+
+    Takes the panel of `ic_table`.  A row per target and pair, in the order given: signal, benchmark, target,
+    horizon_us; n = rows with both signals and the target; ic, ic_benchmark over these rows;
+    diff = ic - ic_benchmark; diff_low, diff_high (95 %), diff_p from a circular block bootstrap that draws
+    the same blocks for every pair of a target; thin as in `judge`; then p_fdr and verdict of
+    `judge_differences`.  Raises InputError as `ic_table`.
+    """
+    columns = [signal.column for pair in pairs for signal in pair] + [target.column for target in targets]
+    columns = list(dict.fromkeys(columns))
+    values, _ = _on_grid(panel, columns, width_us)
+    grid = dict(zip(columns, values.T, strict=True))
+    rows = [row for target in targets for row in _difference_rows(grid, pairs, target, width_us, draws, seed)]
+    return judge_differences(pd.DataFrame(rows, columns=list(DIFFERENCE_COLUMNS)))
+
+
+def _difference_rows(
+    grid: dict[str, Floats],
+    pairs: Sequence[tuple[Signal, Signal]],
+    target: Target,
+    width_us: int,
+    draws: int,
+    seed: int,
+) -> list[dict[str, object]]:
+    horizon = -(-target.horizon_us // width_us)
+    span = _held(grid[target.column])
+    both = []
+    for pair in pairs:
+        ours, other = (grid[signal.column][span] for signal in pair)
+        known = np.isfinite(ours) & np.isfinite(other)
+        both += [_pair(np.where(known, x, np.nan), grid[target.column][span]) for x in (ours, other)]
+    sampled = np.full((draws, len(both)), np.nan)
+    if both and len(both[0].x):
+        sampled = bootstrap_ics(both, block_length(both, horizon), draws, seed)
+    return [
+        {"signal": signal.name, "benchmark": benchmark.name, "target": target.name}
+        | {"horizon_us": target.horizon_us, "n": both[2 * i].n}
+        | {"ic": both[2 * i].ic, "ic_benchmark": both[2 * i + 1].ic}
+        | _paired(both, sampled, 2 * i, 2 * i + 1)
+        | {"thin": any(_is_thin(pair, horizon) for pair in both[2 * i : 2 * i + 2])}
+        for i, (signal, benchmark) in enumerate(pairs)
+    ]
+
+
+def judge_differences(table: pd.DataFrame) -> pd.DataFrame:
+    """Add `p_fdr` and `verdict` over all rows of the table: call it again on tables put together.
+
+    p_fdr: Benjamini-Hochberg of diff_p over the rows that are not thin and have one.  verdict: "thin";
+    "larger" or "smaller" where p_fdr < 0.05 and the interval excludes 0 on that side; "undecided" otherwise.
+    """
+    thin = table["thin"].to_numpy(bool)
+    p = table["diff_p"].to_numpy(np.float64)
+    p_fdr = np.full(len(table), np.nan)
+    tested = np.isfinite(p) & ~thin
+    if tested.any():
+        p_fdr[tested] = false_discovery_control(p[tested])
+    sure = p_fdr < LEVEL
+    verdict = np.select(
+        [thin, sure & (table["diff_low"] > 0), sure & (table["diff_high"] < 0)],
+        ["thin", "larger", "smaller"],
         "undecided",
     )
     return table.assign(p_fdr=p_fdr, verdict=verdict)
