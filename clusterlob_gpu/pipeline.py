@@ -124,6 +124,10 @@ def check_request(request: RunRequest) -> list[SymbolRun]:
     """
     if request.end < request.start:
         raise InputError(f"--end {request.end} lies before --start {request.start}")
+    if request.config.engine.startswith("cuml"):
+        raise InputError(
+            f"engine = {request.config.engine!r}: needs the gpu backend; use auto, lloyd or sklearn"
+        )
     windows(request)
     runs = []
     for name in request.symbols:
@@ -165,10 +169,23 @@ def windows(request: RunRequest) -> list[Window]:
 
 
 def run_cluster(request: RunRequest, workers: Workers) -> Path:
-    """Run the whole experiment and return the output directory."""
-    clock = Clock()
+    """Run the whole experiment and return the output directory; the ledger gets a line either way."""
     runs = check_request(request)
     started_at = datetime.now(UTC)
+    try:
+        summary, ic = _run(request, runs, workers, started_at)
+    except Exception as error:
+        _record(request, started_at, {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+        raise
+    _record(request, started_at, _headline(summary, ic))
+    return request.out
+
+
+def _run(
+    request: RunRequest, runs: list[SymbolRun], workers: Workers, started_at: datetime
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Compute, write and publish: the content of run.json, and the table of ICs."""
+    clock = Clock()
     store = request.store or request.out.absolute().parent / "store"
     with RunDirectory(request.out) as directory:
         parts: dict[str, list[pd.DataFrame]] = {}
@@ -186,10 +203,10 @@ def run_cluster(request: RunRequest, workers: Workers) -> Path:
         if request.pictures:
             with clock.stage("report"):
                 report.render_run(directory.work)
-        directory.write_run(summary | {"timings": clock.stages, "seconds": clock.seconds})
+        summary |= {"timings": clock.stages, "seconds": clock.seconds}
+        directory.write_run(summary)
         directory.publish()
-    _record(request, summary, tables["ic"], clock.seconds)
-    return directory.out
+    return summary, tables["ic"]
 
 
 def _run_symbol(
@@ -522,9 +539,7 @@ def _summary(
         "end": str(request.end),
         "days": len(days_between(request.start, request.end)),
         "config": config,
-        "config_hash": config_hash(
-            {"config": config, "symbols": request.symbols, "start": request.start, "end": request.end}
-        ),
+        "config_hash": _request_hash(request),
         "sample": _sample(request),
         "versions": _versions(),
         "backend": request.backend,
@@ -538,6 +553,12 @@ def _summary(
         "published": request.published,
         "notes": _notes(request, runs),
     }
+
+
+def _request_hash(request: RunRequest) -> str:
+    """Hash of what was asked for: config, symbols and range."""
+    asked = {"symbols": request.symbols, "start": request.start, "end": request.end}
+    return config_hash({"config": request.config.resolved()} | asked)
 
 
 def _versions() -> dict[str, str]:
@@ -583,30 +604,31 @@ def _notes(request: RunRequest, runs: list[SymbolRun]) -> list[str]:
     return notes
 
 
-def _record(request: RunRequest, summary: dict[str, Any], ic: pd.DataFrame, seconds: float) -> None:
-    """Add the run to the ledger."""
+def _headline(summary: dict[str, Any], ic: pd.DataFrame) -> dict[str, Any]:
+    """What the ledger says of a finished run."""
     main = ic[(ic["signal"] == "ofi_size") & (ic["target"] == "frnb")]
     columns = (main[name].tolist() for name in ("symbol", "label", "cluster", "ic"))
     headline = {
         f"{symbol} ic frnb {label} ({cluster})": round(ic, 6) if np.isfinite(ic) else None
         for symbol, label, cluster, ic in zip(*columns, strict=True)
     }
-    append_ledger(
-        request.out.absolute().parent,
-        {
-            "id": f"{summary['config_hash']}-{summary['started_at']}",
-            "experiment": summary["experiment"],
-            "out": str(request.out),
-            "config_hash": summary["config_hash"],
-            "symbols": summary["symbols"],
-            "start": summary["start"],
-            "end": summary["end"],
-            "status": "done",
-            "headline": headline,
-            "seconds": round(seconds, 3),
-            "rows": {name: counts["kept"] for name, counts in summary["rows"].items()},
-        },
-    )
+    rows = {name: counts["kept"] for name, counts in summary["rows"].items()}
+    return {"status": "done", "headline": headline, "seconds": round(summary["seconds"], 3), "rows": rows}
+
+
+def _record(request: RunRequest, started_at: datetime, outcome: dict[str, Any]) -> None:
+    """Add the run to the ledger."""
+    key, when = _request_hash(request), started_at.isoformat(timespec="milliseconds")
+    line = {
+        "id": f"{key}-{when}",
+        "experiment": "label" if request.models is not None else "cluster",
+        "out": str(request.out),
+        "config_hash": key,
+        "symbols": request.symbols,
+        "start": request.start,
+        "end": request.end,
+    }
+    append_ledger(request.out.absolute().parent, line | outcome)
 
 
 def label(request: RunRequest, workers: Workers) -> Path:
