@@ -13,7 +13,7 @@ towards 0; a sample in which even H does not fit under that bound is called thin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,6 +159,11 @@ def _capped(value: int, rows: int) -> int:
     return min(value, rows // 4)
 
 
+def hac_lags(horizon: int, rollup: int, rows: int) -> int:
+    """Bartlett lags of a test: max(2H - 1, r + H - 1), at most a quarter of the rows."""
+    return _capped(max(2 * horizon - 1, rollup + horizon - 1), rows)
+
+
 def _grouped_ic(pair: _Pair, group: Ints) -> Floats:
     """IC inside each group of rows; groups of fewer than 3 rows, or without variation, are left out."""
     g = np.unique(group[pair.used], return_inverse=True)[1]
@@ -272,8 +277,11 @@ def _bootstrap_p(draws: Floats) -> float:
     return min(2 * (tail + 1) / (len(kept) + 1), 1.0)
 
 
-def _on_grid(panel: pd.DataFrame, columns: Sequence[str], width_us: int) -> tuple[Floats, Ints]:
-    """(T, columns) values and (T,) times with every bucket from the first to the last in its place."""
+def on_grid(panel: pd.DataFrame, columns: Sequence[str], width_us: int) -> tuple[Floats, Ints]:
+    """(T, columns) values and (T,) times with every bucket from the first to the last in its place.
+
+    Raises InputError if a column is missing or buckets are unsorted, repeated or off the grid.
+    """
     missing = [name for name in ("bucket_ts", *columns) if name not in panel.columns]
     if missing:
         known = ", ".join(map(str, panel.columns))
@@ -352,7 +360,7 @@ def ic_table(
     """
     _check_names(signals, targets, width_us)
     columns = list(dict.fromkeys([s.column for s in signals] + [t.column for t in targets]))
-    values, ts = _on_grid(panel, columns, width_us)
+    values, ts = on_grid(panel, columns, width_us)
     grid = dict(zip(columns, values.T, strict=True))
     rows = [
         row
@@ -406,7 +414,7 @@ def _held(target: Floats) -> slice:
 
 
 def _inference(pair: _Pair, horizon: int, rollup: int) -> dict[str, float]:
-    lags = _capped(max(2 * horizon - 1, rollup + horizon - 1), pair.n)
+    lags = hac_lags(horizon, rollup, pair.n)
     ranks = pair.ranked()
     se, rank_se = _hac_se(pair, lags), _hac_se(ranks, lags)
     t, rank_t = _ratio(pair.ic, se), _ratio(ranks.ic, rank_se)
@@ -498,7 +506,7 @@ def difference_table(
     """
     columns = [signal.column for pair in pairs for signal in pair] + [target.column for target in targets]
     columns = list(dict.fromkeys(columns))
-    values, _ = _on_grid(panel, columns, width_us)
+    values, _ = on_grid(panel, columns, width_us)
     grid = dict(zip(columns, values.T, strict=True))
     rows = [row for target in targets for row in _difference_rows(grid, pairs, target, width_us, draws, seed)]
     return judge_differences(pd.DataFrame(rows, columns=list(DIFFERENCE_COLUMNS)))
@@ -522,14 +530,16 @@ def _difference_rows(
     sampled = np.full((draws, len(both)), np.nan)
     if both and len(both[0].x):
         sampled = bootstrap_ics(both, block_length(both, horizon), draws, seed)
-    return [
-        {"signal": signal.name, "benchmark": benchmark.name, "target": target.name}
-        | {"horizon_us": target.horizon_us, "n": both[2 * i].n}
-        | {"ic": both[2 * i].ic, "ic_benchmark": both[2 * i + 1].ic}
-        | _paired(both, sampled, 2 * i, 2 * i + 1)
-        | {"thin": any(_is_thin(pair, horizon) for pair in both[2 * i : 2 * i + 2])}
-        for i, (signal, benchmark) in enumerate(pairs)
-    ]
+    rows = []
+    for i, (signal, benchmark) in enumerate(pairs):
+        ours, other = both[2 * i : 2 * i + 2]
+        rows.append(
+            {"signal": signal.name, "benchmark": benchmark.name, "target": target.name}
+            | {"horizon_us": target.horizon_us, "n": ours.n, "ic": ours.ic, "ic_benchmark": other.ic}
+            | _paired(both, sampled, 2 * i, 2 * i + 1)
+            | {"thin": _is_thin(ours, horizon) or _is_thin(other, horizon)}
+        )
+    return rows
 
 
 def judge_differences(table: pd.DataFrame) -> pd.DataFrame:
@@ -551,6 +561,115 @@ def judge_differences(table: pd.DataFrame) -> pd.DataFrame:
         "undecided",
     )
     return table.assign(p_fdr=p_fdr, verdict=verdict)
+
+
+SLICE_COLUMNS = (
+    "by",
+    "bucket",
+    "signal",
+    "target",
+    "horizon_us",
+    "n",
+    "share",
+    "ic",
+    "rank_ic",
+    "hac_se",
+    "hac_t",
+    "hac_p",
+    "mde",
+    "ci_low",
+    "ci_high",
+    "ic_rest",
+    "diff",
+    "diff_low",
+    "diff_high",
+    "diff_p",
+    "thin",
+)
+
+
+def slice_table(
+    panel: pd.DataFrame,
+    labels: Mapping[str, Sequence[object]],
+    signals: Sequence[Signal],
+    targets: Sequence[Target],
+    *,
+    width_us: int,
+    draws: int = 1000,
+    seed: int = 7,
+) -> pd.DataFrame:
+    """IC inside slices of time, each tested against the rest, for one symbol.
+
+    Parameters
+    ----------
+    panel : as for `ic_table`, with a column for each key of `labels`; rows without label are in no slice
+    labels : column of the panel -> its labels in the order wanted
+
+    Returns
+    -------
+    A row per (by, signal, target, bucket): by = column, bucket = label as text; n rows and share of all rows
+    with signal, target and a label; ic, rank_ic, hac_se, hac_t, hac_p, mde as in `ic_table`, places outside
+    the slice scoring 0, mean and variance those of the slice; ci_low, ci_high from a block bootstrap of the
+    whole time axis, which carries the slices along; ic_rest = IC over the rows with any other label;
+    diff = ic - ic_rest with diff_low, diff_high, diff_p on the same blocks (with two labels the two rows say
+    the same twice); thin; p_fdr and verdict ("larger", "smaller") of `judge_differences` on these differences.
+    Raises InputError as `ic_table`.
+    """
+    columns = list(dict.fromkeys([s.column for s in signals] + [t.column for t in targets]))
+    values, ts = on_grid(panel, columns, width_us)
+    grid = dict(zip(columns, values.T, strict=True))
+    places = (panel["bucket_ts"].to_numpy(np.int64) - ts[0]) // width_us if len(ts) else ts
+    rows: list[dict[str, object]] = []
+    for by, names in labels.items():
+        codes = np.full(len(ts), -1)
+        codes[places] = pd.Categorical(panel[by], categories=list(names)).codes
+        for signal in signals:
+            for target in targets:
+                key = {"by": by, "signal": signal.name, "target": target.name}
+                found = _slices(grid[signal.column], grid[target.column], codes, len(names))
+                table = _slice_rows(*found, signal, target, width_us, draws, seed)
+                rows += [key | {"bucket": str(name)} | row for name, row in zip(names, table, strict=True)]
+    return judge_differences(pd.DataFrame(rows, columns=list(SLICE_COLUMNS)))
+
+
+def _slices(x: Floats, y: Floats, codes: Ints, count: int) -> tuple[list[_Pair], list[_Pair]]:
+    """Rows with each label, and rows with any other."""
+    span = _held(y)
+    x, y, codes = x[span], y[span], codes[span]
+    inside = [_pair(np.where(codes == code, x, np.nan), y) for code in range(count)]
+    rest = [_pair(np.where((codes >= 0) & (codes != code), x, np.nan), y) for code in range(count)]
+    return inside, rest
+
+
+def _slice_rows(
+    inside: list[_Pair],
+    rest: list[_Pair],
+    signal: Signal,
+    target: Target,
+    width_us: int,
+    draws: int,
+    seed: int,
+) -> list[dict[str, object]]:
+    horizon = -(-target.horizon_us // width_us)
+    everything = [*inside, *rest]
+    sampled = np.full((draws, len(everything)), np.nan)
+    if everything and len(inside[0].x):
+        block = max(block_length(everything, horizon), _capped(signal.rollup_bars, len(inside[0].x)))
+        sampled = bootstrap_ics(everything, block, draws, seed)
+    total = sum(pair.n for pair in inside)
+    rows = []
+    for i, (pair, other) in enumerate(zip(inside, rest, strict=True)):
+        statistics = _inference(pair, horizon, signal.rollup_bars)
+        kept = ("ic", "rank_ic", "hac_se", "hac_t", "hac_p", "mde")
+        rows.append(
+            {"horizon_us": target.horizon_us, "n": pair.n, "share": _ratio(pair.n, total)}
+            | {name: statistics[name] for name in kept}
+            | dict(zip(("ci_low", "ci_high"), _interval(sampled[:, i]), strict=True))
+            | {"ic_rest": other.ic}
+            | _paired(everything, sampled, i, len(inside) + i)
+            | {"thin": _is_thin(pair, horizon)}
+        )
+    return rows
 
 
 def cluster_ic(
