@@ -166,7 +166,7 @@ def make_features(task: tuple[DayJob, BookDay, State]) -> FeatureDay:
     )
 
     def fill(folder: Path) -> dict[str, Any]:
-        met, z, n = _scored(job, book, state)
+        met, z, n = _scored(job, book, state, np.float32)
         save_columns(
             folder,
             ts=met.ts,
@@ -174,7 +174,7 @@ def make_features(task: tuple[DayJob, BookDay, State]) -> FeatureDay:
             price=met.price,
             qty=met.qty,
             row=met.row.astype(np.int32),
-            z=z.astype(np.float32),
+            z=z,
         )
         return {"trades": n, "kept": len(met.ts), "dropped": met.dropped}
 
@@ -184,9 +184,11 @@ def make_features(task: tuple[DayJob, BookDay, State]) -> FeatureDay:
     return FeatureDay(job.day, key, record["trades"], record["kept"], record["dropped"], reused)
 
 
-def _scored(job: DayJob, book: BookDay, state: State) -> tuple[MetTrades, np.ndarray, int]:
+def _scored(
+    job: DayJob, book: BookDay, state: State, dtype: type[np.floating]
+) -> tuple[MetTrades, np.ndarray, int]:
     met, n = _meet(job, _context(job, book, state.book))
-    met, z = features.scored(met, state.tail, job.config.window)
+    met, z = features.scored(met, state.tail, job.config.window, dtype)
     return met, z, n
 
 
@@ -336,7 +338,7 @@ def _write_trades(task: LabelJob, label: np.ndarray, raw: np.ndarray) -> None:
     """Write the kept trades of a day, z-scores in float64, computed anew from the lake."""
     assert task.trades_file is not None
     symbol = task.job.lake.symbol
-    met, z, _ = _scored(task.job, task.book, task.state)
+    met, z, _ = _scored(task.job, task.book, task.state, np.float64)
     columns: dict[str, np.ndarray] = {
         "ts_local_us": met.ts,
         "sign": met.sign,

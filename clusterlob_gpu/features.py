@@ -95,17 +95,22 @@ def raw_features(
     return raw
 
 
-def z_scores(raw: np.ndarray, tail: np.ndarray, window: int) -> np.ndarray:
-    """Rolling z-scores (6, n) float64 of a day's raw features, given the tail of the days before.
+def z_scores(
+    raw: np.ndarray, tail: np.ndarray, window: int, dtype: type[np.floating] = np.float64
+) -> np.ndarray:
+    """Rolling z-scores (6, n) of a day's raw features, given the tail of the days before.
 
     z = (x - mean) / std over the last `window` trades, the current one included, ddof = 1; 0 where
     the window is constant; NaN where it is short or holds a NaN.  `tail` is (6, m), m < window.
+    Computed in float64, stored as `dtype`.
     """
     lead = tail.shape[1]
-    out = np.empty_like(raw)
-    scores = np.empty(lead + raw.shape[1])
+    out = np.empty(raw.shape, dtype)
+    # Two columns are used over and over: touching fresh memory costs more than the arithmetic.
+    column, scores = np.empty((2, lead + raw.shape[1]))
     for j in range(raw.shape[0]):
-        kernels.rolling_z(np.concatenate([tail[j], raw[j]]), window, scores)
+        column[:lead], column[lead:] = tail[j], raw[j]
+        kernels.rolling_z(column, window, scores)
         out[j] = scores[lead:]
     return out
 
@@ -118,13 +123,15 @@ def last_columns(tail: np.ndarray, raw: np.ndarray, window: int) -> np.ndarray:
     return np.concatenate([tail, raw], axis=1)[:, -keep:]
 
 
-def scored(met: MetTrades, tail: np.ndarray, window: int) -> tuple[MetTrades, np.ndarray]:
-    """The trades whose six z-scores are all known, and those scores (6, m) float64.
+def scored(
+    met: MetTrades, tail: np.ndarray, window: int, dtype: type[np.floating] = np.float64
+) -> tuple[MetTrades, np.ndarray]:
+    """The trades whose six z-scores are all known, and those scores (6, m).
 
     Dropped and counted: `warmup` (fewer than `window` trades so far), `null_change_time` (a trade in
     the window came before the first change of the mid or of the price that it consumes).
     """
-    z = z_scores(met.raw, tail, window)
+    z = z_scores(met.raw, tail, window, dtype)
     warm = max(0, min(z.shape[1], window - 1 - tail.shape[1]))
     known = ~np.isnan(z.sum(axis=0))
     dropped = met.dropped | {
