@@ -258,7 +258,7 @@ def _config(options: dict[str, Any], preset: Preset | None) -> ClusterConfig:
 
 def _request(
     options: dict[str, Any], preset: Preset | None, config: ClusterConfig, models: Any = None
-) -> RunRequest:
+) -> RunRequest[ClusterConfig]:
     from clusterlob_gpu import backend
     from clusterlob_gpu.pipeline import RunRequest
 
@@ -285,7 +285,7 @@ def _request(
     )
 
 
-def _finish(job: Callable[..., Path], request: RunRequest, options: dict[str, Any]) -> None:
+def _finish(job: Callable[..., Path], request: RunRequest[ClusterConfig], options: dict[str, Any]) -> None:
     """Run a job on its workers and print its tables."""
     from clusterlob_gpu import pipeline
     from clusterlob_gpu.workers import open_workers, read_place

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -55,16 +55,36 @@ def format_duration(us: int) -> str:
 Duration = Annotated[int, BeforeValidator(parse_duration), PlainSerializer(format_duration, return_type=str)]
 
 
-class ClusterConfig(BaseModel):
-    """Settings of `run cluster`; every field is a key of the config file and of `--set`."""
+class RunConfig(BaseModel):
+    """Settings of every experiment; a field is a key of the config file and of `--set`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     book: Literal["book_snapshot_25", "quotes"] = "book_snapshot_25"
-    """Table that gives each trade its book; `quotes` has one level of depth."""
+    """Table that gives the book; `quotes` has one level of depth."""
 
-    depth: int = Field(5, ge=1, le=25)
-    """Levels summed into sbs and obs."""
+    depth: int = Field(default=5, ge=1, le=25)
+    """Levels summed into the depth of a side."""
+
+    max_staleness: Duration = "60s"  # type: ignore[assignment]
+    """A book row older than this gives no context and no mid."""
+
+    seed: int = Field(default=7, ge=0, lt=2**32)
+    """Seed of everything that is drawn."""
+
+    on_bad_day: Literal["fail", "skip"] = "fail"
+    """A day of the range without trades or book: stop, or leave its buckets null."""
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values, durations as text: what run.json records."""
+        return self.model_dump(mode="json")
+
+
+Config = TypeVar("Config", bound=RunConfig, covariant=True)
+
+
+class ClusterConfig(RunConfig):
+    """Settings of `run cluster`."""
 
     window: int = Field(100, ge=2, le=100_000)
     """Trades in the rolling z-score, the current one included."""
@@ -78,14 +98,8 @@ class ClusterConfig(BaseModel):
     asof: Literal["strict", "inclusive"] = "strict"
     """strict: a trade sees book rows before its own time; inclusive leaks, for comparison only."""
 
-    max_staleness: Duration = "60s"  # type: ignore[assignment]
-    """A book row older than this gives no context and no mid."""
-
     k: int = Field(3, ge=2, le=64)
     """Number of clusters."""
-
-    seed: int = Field(7, ge=0, lt=2**32)
-    """Seed of the sample and of k-means++."""
 
     n_init: int = Field(5, ge=1)
     """Starts of k-means++ on the sample; the best one is fitted on all rows."""
@@ -107,9 +121,6 @@ class ClusterConfig(BaseModel):
 
     keep_trades: bool = False
     """Write the features and the cluster of every trade."""
-
-    on_bad_day: Literal["fail", "skip"] = "fail"
-    """A day of the range without trades or book: stop, or leave its buckets null."""
 
     train_days: int | None = Field(None, ge=1)
     """Walk-forward: days of each fit; null fits and labels the same days (in sample)."""
@@ -153,10 +164,6 @@ class ClusterConfig(BaseModel):
     def purge_us(self) -> int:
         """End of the training days that a walk-forward fit leaves out (us)."""
         return self.reach if self.purge is None else self.purge
-
-    def resolved(self) -> dict[str, Any]:
-        """Plain values, durations as text: what run.json records."""
-        return self.model_dump(mode="json")
 
 
 def make_config(file: Mapping[str, Any], settings: Sequence[str] = ()) -> ClusterConfig:

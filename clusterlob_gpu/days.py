@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from clusterlob_gpu import bars, clustering, context, features, kernels, returns, schema
 from clusterlob_gpu.clustering import Bounds, Model, Partial
-from clusterlob_gpu.config import ClusterConfig
+from clusterlob_gpu.config import ClusterConfig, Config, RunConfig
 from clusterlob_gpu.context import BookCarry, BookSummary
 from clusterlob_gpu.features import MetTrades
 from clusterlob_gpu.lake import layout, native, symbols
@@ -35,13 +35,16 @@ _TAIL_ROWS = 20_000
 
 
 @dataclass(frozen=True)
-class DayJob:
+class DayJob(Generic[Config]):
     """What every task of a symbol's day needs to know."""
 
     lake: SymbolLake
     store: Path
-    config: ClusterConfig
+    config: Config
     day: date
+
+
+ClusterDay = DayJob[ClusterConfig]
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class FeatureDay:
     reused: bool
 
 
-def reduce_book(job: DayJob) -> BookDay:
+def reduce_book(job: DayJob[RunConfig]) -> BookDay:
     """Reduce a day's book rows to valid flat rows, once per lake."""
     config, store = job.config, Store(job.store)
     depth = config.depth if config.book == "book_snapshot_25" else 1
@@ -111,19 +114,19 @@ def _write_rows(rows: pd.DataFrame, path: Path) -> None:
     )
 
 
-def _rows(job: DayJob, book: BookDay | None) -> pd.DataFrame:
+def _rows(job: DayJob[RunConfig], book: BookDay | None) -> pd.DataFrame:
     if book is None:
         return pd.DataFrame({name: np.empty(0, np.int64) for name in context.ROW_COLUMNS})
     path = Store(job.store).path("book", book.key) / "rows.parquet"
     return pq.read_table(path, use_threads=False).to_pandas()
 
 
-def _context(job: DayJob, book: BookDay | None, carry: BookCarry | None) -> Context:
+def _context(job: ClusterDay, book: BookDay | None, carry: BookCarry | None) -> Context:
     qty_unit = job.lake.symbol.qty_unit
     return context.make_context(_rows(job, book), carry, qty_unit, job.config.spread)
 
 
-def _meet(job: DayJob, book: Context, last: int | None = None) -> tuple[MetTrades, int]:
+def _meet(job: ClusterDay, book: Context, last: int | None = None) -> tuple[MetTrades, int]:
     """The day's trades (or the last ones) with the book they met, and how many were read."""
     config = job.config
     trades = job.lake.read_trades(job.day, last)
@@ -137,7 +140,7 @@ def _meet(job: DayJob, book: Context, last: int | None = None) -> tuple[MetTrade
     return met, len(trades.ts)
 
 
-def own_tail(task: tuple[DayJob, BookDay | None, BookCarry | None]) -> np.ndarray:
+def own_tail(task: tuple[ClusterDay, BookDay | None, BookCarry | None]) -> np.ndarray:
     """Raw features (6, m) of the last window - 1 trades of a day, fewer if the day has fewer."""
     job, book, carry = task
     nothing = np.empty((len(FEATURES), 0))
@@ -151,7 +154,7 @@ def own_tail(task: tuple[DayJob, BookDay | None, BookCarry | None]) -> np.ndarra
     return features.last_columns(nothing, met.raw, job.config.window)
 
 
-def make_features(task: tuple[DayJob, BookDay, State]) -> FeatureDay:
+def make_features(task: tuple[ClusterDay, BookDay, State]) -> FeatureDay:
     """Features of a day's trades: z-scores as float32, and what labelling needs besides."""
     job, book, state = task
     config, store = job.config, Store(job.store)
@@ -185,7 +188,7 @@ def make_features(task: tuple[DayJob, BookDay, State]) -> FeatureDay:
 
 
 def _scored(
-    job: DayJob, book: BookDay, state: State, dtype: type[np.floating]
+    job: ClusterDay, book: BookDay, state: State, dtype: type[np.floating]
 ) -> tuple[MetTrades, np.ndarray, int]:
     met, n = _meet(job, _context(job, book, state.book))
     met, z = features.scored(met, state.tail, job.config.window, dtype)
@@ -196,7 +199,7 @@ def _scored(
 class TrainDay:
     """A training day: its features, up to the time at which the purge begins."""
 
-    job: DayJob
+    job: ClusterDay
     features: FeatureDay
     until: int
 
@@ -249,7 +252,7 @@ def low_counts_day(task: tuple[TrainDay, np.ndarray]) -> np.ndarray:
 class LabelJob:
     """Label one day with a model."""
 
-    job: DayJob
+    job: ClusterDay
     book: BookDay
     next_book: BookDay | None
     state: State
@@ -353,7 +356,7 @@ def _write_trades(task: LabelJob, label: np.ndarray, raw: np.ndarray) -> None:
     temporary.replace(task.trades_file)
 
 
-def mids_day(task: tuple[DayJob, BookDay, BookCarry | None, np.ndarray]) -> np.ndarray:
+def mids_day(task: tuple[DayJob[RunConfig], BookDay, BookCarry | None, np.ndarray]) -> np.ndarray:
     """Twice the mid (integer price units, NaN = null) at sorted times that one covered day decides."""
     job, book, carry, times = task
     rows = context.with_carry(_rows(job, book), carry)

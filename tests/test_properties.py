@@ -81,10 +81,7 @@ def product_config(config: dict[str, Any], **more: Any) -> ClusterConfig:
 @contextmanager
 def without_evaluation() -> Iterator[None]:
     nothing = pd.DataFrame({name: [] for name in ("symbol", "cluster", "label", "signal", "target", "ic")})
-    with (
-        patch.object(pipeline, "_evaluate", lambda *_: nothing),
-        patch.object(pipeline.report, "render_run", lambda *_: None),
-    ):
+    with patch.object(pipeline.cluster, "_evaluate", lambda *_: nothing):
         yield
 
 
@@ -112,6 +109,7 @@ def run(
             config=settled,
             store=store,
             models=models,
+            pictures=False,
         )
         with without_evaluation():
             out = (pipeline.run_cluster if fit else pipeline.label)(request, workers)
@@ -138,7 +136,7 @@ def _write_model(folder: Path, config: ClusterConfig) -> Path:
         "labels": ["passive", "opportunistic", "directional"],
         "bounds": None,
         "train_days": [],
-        "features": config.model_dump(mode="json", include=set(pipeline.FEATURE_KEYS)),
+        "features": config.model_dump(mode="json", include=set(pipeline.cluster.FEATURE_KEYS)),
         "margin": 0.0,
         "fit": {"inertia": 0.0, "passes": 0, "converged": True, "counts": [0, 0, 0], "rows": 0},
         "feature_order": Z_NAMES,
