@@ -532,13 +532,11 @@ def _difference_rows(
         sampled = bootstrap_ics(both, block_length(both, horizon), draws, seed)
     rows = []
     for i, (signal, benchmark) in enumerate(pairs):
-        ours, other = both[2 * i : 2 * i + 2]
-        rows.append(
-            {"signal": signal.name, "benchmark": benchmark.name, "target": target.name}
-            | {"horizon_us": target.horizon_us, "n": ours.n, "ic": ours.ic, "ic_benchmark": other.ic}
-            | _paired(both, sampled, 2 * i, 2 * i + 1)
-            | {"thin": _is_thin(ours, horizon) or _is_thin(other, horizon)}
-        )
+        mine, theirs = both[2 * i : 2 * i + 2]
+        row: dict[str, object] = {"signal": signal.name, "benchmark": benchmark.name, "target": target.name}
+        row |= {"horizon_us": target.horizon_us, "n": mine.n, "ic": mine.ic, "ic_benchmark": theirs.ic}
+        row |= _paired(both, sampled, 2 * i, 2 * i + 1)
+        rows.append(row | {"thin": _is_thin(mine, horizon) or _is_thin(theirs, horizon)})
     return rows
 
 
@@ -563,6 +561,7 @@ def judge_differences(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(p_fdr=p_fdr, verdict=verdict)
 
 
+_SLICE_STATISTICS = ("ic", "rank_ic", "hac_se", "hac_t", "hac_p", "mde")
 SLICE_COLUMNS = (
     "by",
     "bucket",
@@ -607,12 +606,12 @@ def slice_table(
 
     Returns
     -------
-    A row per (by, signal, target, bucket): by = column, bucket = label as text; n rows and share of all rows
+    A row per (by, target, signal, bucket): by = column, bucket = label as text; n rows and share of all rows
     with signal, target and a label; ic, rank_ic, hac_se, hac_t, hac_p, mde as in `ic_table`, places outside
     the slice scoring 0, mean and variance those of the slice; ci_low, ci_high from a block bootstrap of the
     whole time axis, which carries the slices along; ic_rest = IC over the rows with any other label;
     diff = ic - ic_rest with diff_low, diff_high, diff_p on the same blocks (with two labels the two rows say
-    the same twice); thin; p_fdr and verdict ("larger", "smaller") of `judge_differences` on these differences.
+    the same twice); thin; p_fdr and verdict ("larger", "smaller") of `judge_differences`.
     Raises InputError as `ic_table`.
     """
     columns = list(dict.fromkeys([s.column for s in signals] + [t.column for t in targets]))
@@ -623,52 +622,55 @@ def slice_table(
     for by, names in labels.items():
         codes = np.full(len(ts), -1)
         codes[places] = pd.Categorical(panel[by], categories=list(names)).codes
-        for signal in signals:
-            for target in targets:
-                key = {"by": by, "signal": signal.name, "target": target.name}
-                found = _slices(grid[signal.column], grid[target.column], codes, len(names))
-                table = _slice_rows(*found, signal, target, width_us, draws, seed)
-                rows += [key | {"bucket": str(name)} | row for name, row in zip(names, table, strict=True)]
+        for target in targets:
+            rows += [
+                {"by": by, "bucket": str(names[code])} | row
+                for code, row in _slice_rows(grid, codes, len(names), signals, target, width_us, draws, seed)
+            ]
     return judge_differences(pd.DataFrame(rows, columns=list(SLICE_COLUMNS)))
 
 
-def _slices(x: Floats, y: Floats, codes: Ints, count: int) -> tuple[list[_Pair], list[_Pair]]:
-    """Rows with each label, and rows with any other."""
-    span = _held(y)
-    x, y, codes = x[span], y[span], codes[span]
-    inside = [_pair(np.where(codes == code, x, np.nan), y) for code in range(count)]
-    rest = [_pair(np.where((codes >= 0) & (codes != code), x, np.nan), y) for code in range(count)]
-    return inside, rest
+def _slices(x: Floats, y: Floats, codes: Ints, count: int) -> list[_Pair]:
+    """For each label the rows that have it, then the rows that have any other."""
+    pairs = []
+    for code in range(count):
+        rest = (codes >= 0) & (codes != code)
+        pairs += [_pair(np.where(mask, x, np.nan), y) for mask in (codes == code, rest)]
+    return pairs
 
 
 def _slice_rows(
-    inside: list[_Pair],
-    rest: list[_Pair],
-    signal: Signal,
+    grid: dict[str, Floats],
+    codes: Ints,
+    count: int,
+    signals: Sequence[Signal],
     target: Target,
     width_us: int,
     draws: int,
     seed: int,
-) -> list[dict[str, object]]:
+) -> list[tuple[int, dict[str, object]]]:
+    """Code of the label and its row, signal by signal; all on the same blocks."""
     horizon = -(-target.horizon_us // width_us)
-    everything = [*inside, *rest]
-    sampled = np.full((draws, len(everything)), np.nan)
-    if everything and len(inside[0].x):
-        block = max(block_length(everything, horizon), _capped(signal.rollup_bars, len(inside[0].x)))
-        sampled = bootstrap_ics(everything, block, draws, seed)
-    total = sum(pair.n for pair in inside)
+    span = _held(grid[target.column])
+    y, codes = grid[target.column][span], codes[span]
+    pairs = [pair for signal in signals for pair in _slices(grid[signal.column][span], y, codes, count)]
+    sampled = np.full((draws, len(pairs)), np.nan)
+    if pairs and len(y):
+        # Slices come and go: the length that suits their scores alone may miss how long a sum persists.
+        longest = _capped(max(signal.rollup_bars for signal in signals), len(y))
+        sampled = bootstrap_ics(pairs, max(block_length(pairs, horizon), longest), draws, seed)
     rows = []
-    for i, (pair, other) in enumerate(zip(inside, rest, strict=True)):
-        statistics = _inference(pair, horizon, signal.rollup_bars)
-        kept = ("ic", "rank_ic", "hac_se", "hac_t", "hac_p", "mde")
-        rows.append(
-            {"horizon_us": target.horizon_us, "n": pair.n, "share": _ratio(pair.n, total)}
-            | {name: statistics[name] for name in kept}
-            | dict(zip(("ci_low", "ci_high"), _interval(sampled[:, i]), strict=True))
-            | {"ic_rest": other.ic}
-            | _paired(everything, sampled, i, len(inside) + i)
-            | {"thin": _is_thin(pair, horizon)}
-        )
+    for s, signal in enumerate(signals):
+        mine = range(2 * count * s, 2 * count * (s + 1), 2)
+        total = sum(pairs[at].n for at in mine)
+        for code, at in enumerate(mine):
+            row: dict[str, object] = {"signal": signal.name, "target": target.name}
+            row |= {"horizon_us": target.horizon_us, "n": pairs[at].n, "share": _ratio(pairs[at].n, total)}
+            statistics = _inference(pairs[at], horizon, signal.rollup_bars)
+            row |= {name: statistics[name] for name in _SLICE_STATISTICS}
+            row |= dict(zip(("ci_low", "ci_high"), _interval(sampled[:, at]), strict=True))
+            row |= {"ic_rest": pairs[at + 1].ic} | _paired(pairs, sampled, at, at + 1)
+            rows.append((code, row | {"thin": _is_thin(pairs[at], horizon)}))
     return rows
 
 
