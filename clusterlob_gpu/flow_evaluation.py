@@ -6,12 +6,13 @@ Which signals are tested, against what, in which slices: the choices stand here,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
 
-from clusterlob_gpu.config import format_duration, parse_duration
+from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.evaluation import (
     Signal,
@@ -22,25 +23,14 @@ from clusterlob_gpu.evaluation import (
     judge_differences,
     slice_table,
 )
+from clusterlob_gpu.flow_bars import FACTORS, ROLL_UPS
 from clusterlob_gpu.portfolio import Costs, backtest_tables
 from clusterlob_gpu.quantiles import DECILES, Edges, quantile_tables
 from clusterlob_gpu.regression import regression_table
 
 LARGE, SMALL, TOTAL = "flow_imbalance_large", "flow_imbalance_small", "flow_imbalance_total"
-FACTORS = (
-    LARGE,
-    SMALL,
-    TOTAL,
-    "large_net_share",
-    "large_small_disagreement",
-    "flow_share_large",
-    "flow_toxicity",
-)
-"""Factors whose IC is measured, with their sums and acceleration as far as the bars have them."""
-SUMS = ("30m", "1h", "3h")
-ACCELERATION = "acceleration"
-HEADLINE = (LARGE, SMALL, TOTAL, f"{LARGE}_30m", f"{LARGE}_1h", f"{LARGE}_3h")
-"""Signals that are cut into quantiles, regressed, sliced and traded."""
+HEADLINE = (LARGE, SMALL, TOTAL, f"{LARGE}_sum_30m", f"{LARGE}_sum_1h", f"{LARGE}_sum_3h")
+"""Signals that are cut into quantiles, regressed, sliced and traded; every factor has its IC measured."""
 CONTROLS = (
     "spread_bps",
     "depth1",
@@ -55,9 +45,17 @@ CONTROLS = (
     "funding",
     "funding_z",
 )
-MARKET_PREFIX, REGIME_PREFIX, TARGET_PREFIX = "mkt_", "regime_", "ret_fwd_"
-LIQUIDITY, VOLATILITY, MONTH = "low_liquidity", "regime_volatility", "month"
-_ORDER = ("low", "middle", "high", "calm", "neutral", "stress", "liquid", "illiquid")
+REGIMES = {
+    "funding_regime": ("low", "middle", "high"),
+    "d_oi_regime": ("normal", "large"),
+    "volatility_regime": ("low", "middle", "high"),
+    "liquidity_regime": ("low", "normal"),
+    "stress_regime": ("calm", "neither", "stress"),
+}
+"""Columns that slice time, and their labels in order."""
+LASTING = ("volatility_regime", "liquidity_regime")
+MONTH = "month"
+_MARKET_RETURN = re.compile(r".+_ret_\d+[a-z]+")
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class FlowPlan:
     horizons_us: Sequence[int]
     """Targets are the columns `ret_fwd_<horizon>`, such as ret_fwd_3h."""
     controls: Sequence[str] | None = None
-    """Control columns of the regressions; None is CONTROLS and every column that starts with mkt_."""
+    """Control columns of the regressions; None is CONTROLS and the markets' past returns."""
     costs: Costs = field(default_factory=Costs)
     edges: Edges = DECILES
     draws: int = 1000
@@ -77,7 +75,7 @@ class FlowPlan:
 
     @property
     def targets(self) -> list[Target]:
-        names = [(f"{TARGET_PREFIX}{format_duration(h)}", h) for h in self.horizons_us]
+        names = [(f"ret_fwd_{format_duration(h)}", h) for h in self.horizons_us]
         return [Target(name, name, h) for name, h in names]
 
     @property
@@ -86,7 +84,7 @@ class FlowPlan:
 
 
 def flow_signals(columns: Sequence[str], width_us: int) -> list[Signal]:
-    """The signals that the bars have, each against total flow of the same kind of sum."""
+    """The factors, sums and accelerations that the bars have, each against total flow of the same kind."""
     present, found = set(columns), []
     for factor in FACTORS:
         for suffix, rollup in _rollups(width_us):
@@ -98,8 +96,8 @@ def flow_signals(columns: Sequence[str], width_us: int) -> list[Signal]:
 
 def _rollups(width_us: int) -> list[tuple[str, int]]:
     """Suffix and bars summed, acceleration counting as its longest sum."""
-    sums = [(f"_{name}", max(parse_duration(name) // width_us, 1)) for name in SUMS]
-    return [("", 1), *sums, (f"_{ACCELERATION}", sums[-1][1])]
+    sums = [(f"_sum_{format_duration(us)}", max(us // width_us, 1)) for us in ROLL_UPS]
+    return [("", 1), *sums, ("_acceleration", max(bars for _, bars in sums))]
 
 
 def flow_pairs(columns: Sequence[str], width_us: int) -> list[tuple[Signal, Signal]]:
@@ -113,23 +111,11 @@ def flow_pairs(columns: Sequence[str], width_us: int) -> list[tuple[Signal, Sign
     return [(known[a], known[b]) for a, b in names if a in known and b in known]
 
 
-def regime_labels(panel: pd.DataFrame) -> dict[str, list[str]]:
-    """Columns whose names start with regime_, and low_liquidity, with their labels in order."""
-    columns = [c for c in panel.columns if c.startswith(REGIME_PREFIX) or c == LIQUIDITY]
-    labels = {column: sorted(panel[column].dropna().unique(), key=_place) for column in columns}
-    return {column: names for column, names in labels.items() if names}
-
-
-def _place(label: str) -> tuple[int, str]:
-    return (_ORDER.index(label) if label in _ORDER else len(_ORDER), label)
-
-
 def flow_tables(bars: pd.DataFrame, plan: FlowPlan) -> dict[str, pd.DataFrame]:
     """Every table of results of a taker-flow run, keyed by file name without suffix.
 
-    Takes the bars of all symbols: symbol, bar_ts (start, int64 us; a grid per symbol), the factors, their
-    sums, the targets, the controls, mid and spread_bps at the bar's end, low_liquidity (boolean or null) and
-    text columns regime_<what> (null: no regime).
+    Takes the bars of all symbols: symbol, bar_ts (start, int64 us; a grid per symbol), the columns of
+    `flow_bars` and `controls` (sums, targets, controls, regimes), and `mid`, the mid at the bar's end.
 
     Gives tables with `symbol` in front:
 
@@ -137,7 +123,7 @@ def flow_tables(bars: pd.DataFrame, plan: FlowPlan) -> dict[str, pd.DataFrame]:
     - ic_differences: `evaluation.difference_table` of large less small and large less total flow.
     - quantiles, spreads: `quantiles.quantile_tables` of the HEADLINE signals.
     - regressions: `regression.regression_table` of the HEADLINE signals.
-    - regimes: `evaluation.slice_table` of the HEADLINE signals by every regime and low_liquidity.
+    - regimes: `evaluation.slice_table` of the HEADLINE signals by REGIMES.
     - stability: the same by symbol (all bars), UTC month, volatility and liquidity; by "symbol" and with a
       single month the difference to the rest is null.
     - backtest, backtest_path: `portfolio.backtest_tables` of the HEADLINE signals.
@@ -163,13 +149,8 @@ def flow_tables(bars: pd.DataFrame, plan: FlowPlan) -> dict[str, pd.DataFrame]:
 
 def _panel(bars: pd.DataFrame) -> pd.DataFrame:
     panel = bars.rename(columns={"bar_ts": "bucket_ts"}).sort_values("bucket_ts", kind="stable")
-    month = pd.to_datetime(panel["bucket_ts"], unit="us").dt.strftime("%Y-%m")
-    panel = panel.assign(**{MONTH: month})
-    if LIQUIDITY in panel:
-        low = panel[LIQUIDITY].astype("boolean")
-        panel["_liquidity"] = low.map({True: "illiquid", False: "liquid"})
-        panel[LIQUIDITY] = low.astype("Float64").astype("float64")
-    return panel.reset_index(drop=True)
+    months = pd.to_datetime(panel["bucket_ts"], unit="us").dt.strftime("%Y-%m")
+    return panel.assign(**{MONTH: months}).reset_index(drop=True)
 
 
 def _symbol_tables(symbol: str, panel: pd.DataFrame, plan: FlowPlan) -> dict[str, pd.DataFrame]:
@@ -182,10 +163,9 @@ def _symbol_tables(symbol: str, panel: pd.DataFrame, plan: FlowPlan) -> dict[str
     backtest, path = backtest_tables(
         panel, headline, plan.horizons_us, width_us=plan.width_us, costs=plan.costs
     )
-    sliced = panel.drop(columns=LIQUIDITY, errors="ignore").rename(columns={"_liquidity": LIQUIDITY})
-    regimes = regime_labels(sliced)
-    lasting = {name: regimes[name] for name in (VOLATILITY, LIQUIDITY) if name in regimes}
-    stable = {"symbol": [symbol], MONTH: sorted(sliced[MONTH].unique())} | lasting
+    regimes = {name: labels for name, labels in REGIMES.items() if name in panel}
+    stable = {"symbol": (symbol,), MONTH: tuple(sorted(panel[MONTH].unique()))}
+    stable |= {name: labels for name, labels in regimes.items() if name in LASTING}
     return {
         "ic": ic_table(panel, signals, targets, **sampling),
         "ic_differences": difference_table(
@@ -196,8 +176,8 @@ def _symbol_tables(symbol: str, panel: pd.DataFrame, plan: FlowPlan) -> dict[str
         "regressions": regression_table(
             panel, headline, targets, _controls(panel, plan), width_us=plan.width_us
         ),
-        "regimes": slice_table(sliced, regimes, headline, targets, **sampling),
-        "stability": slice_table(sliced, stable, headline, targets, **sampling),
+        "regimes": slice_table(panel, regimes, headline, targets, **sampling),
+        "stability": slice_table(panel, stable, headline, targets, **sampling),
         "backtest": backtest,
         "backtest_path": path,
     }
@@ -206,7 +186,7 @@ def _symbol_tables(symbol: str, panel: pd.DataFrame, plan: FlowPlan) -> dict[str
 def _controls(panel: pd.DataFrame, plan: FlowPlan) -> list[str]:
     if plan.controls is not None:
         return list(plan.controls)
-    return [*CONTROLS, *(name for name in panel.columns if name.startswith(MARKET_PREFIX))]
+    return [*CONTROLS, *(name for name in panel.columns if _MARKET_RETURN.fullmatch(name))]
 
 
 def _with_symbol(table: pd.DataFrame, symbol: str) -> pd.DataFrame:
