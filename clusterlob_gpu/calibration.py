@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.signal import lfilter
 from scipy.stats import norm
 
 from clusterlob_gpu.evaluation import LEVEL, Signal, Target, ic_table, long_run_sum
@@ -21,22 +22,20 @@ ROLLUPS = {"5m": 1, "1h": 12, "3h": 36}
 TESTS = ("naive_t", "default_newey_west", "hac", "bootstrap", "both")
 
 
-def null_market(days: int, seed: int) -> pd.DataFrame:
+def null_market(days: int, seed: int, clustered: bool = False) -> pd.DataFrame:
     """Bars of 5 min with a flow that says nothing of returns.
 
-    Returns have clustered volatility (log-variance AR(1), coefficient 0.99) and so has the scale of the flow,
-    by the same path; signs of flow and returns are independent.  Columns: bucket_ts, flow_5m, its sums
-    flow_1h and flow_3h, and ret_fwd_3h, null where the path ends.
+    Plain: both are white and Gaussian.  Clustered: the sizes of returns and of flow follow one path, an AR(1)
+    of the log-variance with coefficient 0.99; their signs stay independent.  Columns: bucket_ts, flow_5m, its
+    sums flow_1h and flow_3h, and ret_fwd_3h, null where the path ends.
     """
     rng = np.random.default_rng(seed)
     rows, before = days * BARS_PER_DAY, max(ROLLUPS.values())
-    noise = rng.normal(size=rows + before)
-    state = np.empty(rows + before)
-    state[0] = noise[0]
-    for t in range(1, len(state)):
-        state[t] = 0.99 * state[t - 1] + np.sqrt(1 - 0.99**2) * noise[t]
-    scale = np.exp(0.25 * state)
-    flow, returns = scale * rng.normal(size=(2, len(state)))
+    flow, returns = rng.normal(size=(2, rows + before))
+    if clustered:
+        innovations = np.sqrt(1 - 0.99**2) * rng.normal(size=rows + before)
+        scale = np.exp(0.25 * lfilter([1.0], [1.0, -0.99], innovations))
+        flow, returns = scale * flow, scale * returns
     flows, path = (np.concatenate([[0.0], np.cumsum(v)]) for v in (flow, returns))
     end = before + np.arange(rows) + 1
     columns = {f"flow_{name}": flows[end] - flows[end - bars] for name, bars in ROLLUPS.items()}
@@ -45,13 +44,13 @@ def null_market(days: int, seed: int) -> pd.DataFrame:
     return pd.DataFrame({"bucket_ts": np.arange(rows) * WIDTH_US, **columns, "ret_fwd_3h": ahead})
 
 
-def rejections(days: int, seed: int, draws: int) -> dict[str, dict[str, bool]]:
+def rejections(days: int, seed: int, draws: int, clustered: bool = False) -> dict[str, dict[str, bool]]:
     """Which 5 % tests of IC = 0 reject, for each flow, in one null market.
 
     naive_t: rows as if independent; default_newey_west: floor(4 (n / 100)^(2/9)) lags, as statsmodels picks;
     hac, bootstrap: hac_p and the interval of `ic_table`; both: the two together, as the verdict asks.
     """
-    panel = null_market(days, seed)
+    panel = null_market(days, seed, clustered)
     signals = [Signal(name, f"flow_{name}", bars) for name, bars in ROLLUPS.items()]
     target = Target("ret_fwd_3h", "ret_fwd_3h", HORIZON * WIDTH_US)
     table = ic_table(panel, signals, [target], width_us=WIDTH_US, draws=draws, seed=seed).set_index("signal")

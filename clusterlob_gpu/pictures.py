@@ -78,11 +78,17 @@ def colour(cluster: int) -> str:
     return _ROLES.get(cluster, _FURTHER[(cluster - 3) % len(_FURTHER)])
 
 
-def _figure(view: View, title: str, caption: str, height: float) -> Figure:
+def frame(heading: str, caption: str, height: float) -> Figure:
+    """An empty figure with a heading, and below it what it counts and what its marks mean."""
     figure = Figure(figsize=(WIDTH_IN, height), dpi=DPI, facecolor="white")
     figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.06)
-    figure.suptitle(f"{view.symbol}: {title}", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     figure.supxlabel(fill(caption, _CAPTION_CHARS), x=0.01, ha="left", fontsize=8, color="#59636e")
+    return figure
+
+
+def _figure(view: View, title: str, caption: str, height: float) -> Figure:
+    figure = frame(f"{view.symbol}: {title}", caption, height)
     if view.in_sample:
         box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": STAMP}
         figure.text(
@@ -91,7 +97,8 @@ def _figure(view: View, title: str, caption: str, height: float) -> Figure:
     return figure
 
 
-def _plain(axes: Axes, ylabel: str = "", zero: bool = True) -> None:
+def plain(axes: Axes, ylabel: str = "", zero: bool = True) -> None:
+    """The house's axes: two spines, a faint grid, a line at zero."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#9aa4af")
     axes.tick_params(labelsize=8, color="#9aa4af")
@@ -102,7 +109,8 @@ def _plain(axes: Axes, ylabel: str = "", zero: bool = True) -> None:
         axes.axhline(0, color=INK, linewidth=0.9)
 
 
-def _legend(axes: Axes, entries: int) -> None:
+def legend(axes: Axes, entries: int) -> None:
+    """Legend on the right of the axes."""
     axes.legend(
         fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=1 + entries // 16
     )
@@ -114,7 +122,7 @@ def _clusters(table: pd.DataFrame) -> list[int]:
     return [c for c in found if c != ALL_CLUSTERS] + [c for c in found if c == ALL_CLUSTERS]
 
 
-def _spread(count: int, width: float) -> np.ndarray:
+def offsets(count: int, width: float) -> np.ndarray:
     """Offsets that put `count` marks side by side around 0."""
     return (np.arange(count) - (count - 1) / 2) * width / max(count, 1)
 
@@ -162,7 +170,7 @@ def shares(view: View) -> Figure:
     axes.barh(at, percent, color=[colour(int(c)) for c in table["cluster"]], height=0.65)
     for y, value, count in zip(at, percent, table["count"], strict=True):
         axes.text(value + 0.6, y, f"{value:.1f} %   {count:,}", va="center", fontsize=8.5, color=INK)
-    _plain(axes, zero=False)
+    plain(axes, zero=False)
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.grid(axis="y", visible=False)
     axes.set_yticks(at, [view.name(int(c)) for c in table["cluster"]], fontsize=9)
@@ -175,7 +183,7 @@ def ic_bars(view: View, target: str = "frnb") -> Figure:
     """IC of every cluster's flow on one target, with bootstrap intervals and the detectable band."""
     rows = view.ic[view.ic["target"] == target]
     caption = (
-        f"n = {_range(rows['n'])} buckets of {view.info['config']['bucket']}. "
+        f"n = {count_range(rows['n'])} buckets of {view.info['config']['bucket']}. "
         "Whiskers: 95 % block bootstrap. Grey band: IC too small to be found with 80 % power."
     )
     figure = _figure(view, f"IC of order flow imbalance on {target}", caption, 3.6)
@@ -188,11 +196,11 @@ def ic_bars(view: View, target: str = "frnb") -> Figure:
             axes.fill_between([x - 0.45, x + 0.45], -row["mde"], row["mde"], color="#e3e7ec", linewidth=0)
             axes.bar(x, row["ic"], width=0.55, color=colour(cluster), alpha=0.85, label=view.name(cluster))
             axes.vlines(x, row["ci_low"], row["ci_high"], color=INK, linewidth=1.3)
-        _plain(axes, "IC (Pearson)" if kind == OFI_KINDS[0] else "")
+        plain(axes, "IC (Pearson)" if kind == OFI_KINDS[0] else "")
         axes.set_title(kind, fontsize=9.5, loc="left")
         numbers = ["all" if c == ALL_CLUSTERS else str(c) for c in order]
         axes.set_xticks(range(len(order)), numbers, fontsize=9 if len(order) <= 12 else 6)
-    _legend(panels[-1], len(order))
+    legend(panels[-1], len(order))
     return figure
 
 
@@ -202,24 +210,24 @@ def ic_horizons(view: View, kind: str = "ofi_size") -> Figure:
     targets = distinct_targets(rows)
     order = _clusters(rows)
     caption = (
-        f"n = {_range(rows['n'])} buckets. Whiskers: 95 % block bootstrap. "
+        f"n = {count_range(rows['n'])} buckets. Whiskers: 95 % block bootstrap. "
         "Horizons start when the bucket ends. Hollow: too thin to judge."
     )
     figure = _figure(view, f"IC of {kind} by horizon", caption, 3.6)
     axes = figure.add_subplot()
-    for shift, cluster in zip(_spread(len(order), 0.7), order, strict=True):
+    for shift, cluster in zip(offsets(len(order), 0.7), order, strict=True):
         mine = rows[rows["cluster"] == cluster].set_index("target").reindex(targets)
         x = np.arange(len(targets)) + shift
         axes.vlines(x, mine["ci_low"], mine["ci_high"], color=colour(cluster), linewidth=1.6, alpha=0.75)
         axes.plot(x, mine["ic"], "o", markersize=5, color=colour(cluster), label=view.name(cluster))
         thin = (mine["verdict"] == "thin").to_numpy()
         axes.plot(x[thin], mine["ic"][thin], "o", markersize=3, color="white")
-    _plain(axes, "IC (Pearson)")
+    plain(axes, "IC (Pearson)")
     axes.set_xticks(range(len(targets)), [_target_name(rows, target) for target in targets], fontsize=8.5)
     axes.set_xlim(-0.6, len(targets) - 0.4)
     for edge in range(1, len(targets)):
         axes.axvline(edge - 0.5, color=FAINT, linewidth=0.8)
-    _legend(axes, len(order))
+    legend(axes, len(order))
     return figure
 
 
@@ -238,7 +246,8 @@ def _target_name(rows: pd.DataFrame, target: str) -> str:
     return f"{target}\n{horizon}"
 
 
-def _range(counts: pd.Series) -> str:
+def count_range(counts: pd.Series) -> str:
+    """Smallest to largest count, as text."""
     low, high = int(counts.min()), int(counts.max())
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
@@ -246,14 +255,14 @@ def _range(counts: pd.Series) -> str:
 def markouts(view: View) -> Figure:
     """Mean signed move of the mid after a cluster's trades."""
     caption = (
-        f"n = {_range(view.markouts['n'])} trades per point. Whiskers: 95 %, buckets as sampling units. "
+        f"n = {count_range(view.markouts['n'])} trades per point. Whiskers: 95 %, buckets as sampling units. "
         "Above 0: the mid moves on in the taker's direction. Before fees and spread."
     )
     figure = _figure(view, "mark-out after the trade", caption, 3.6)
     axes = figure.add_subplot()
     horizons = sorted(view.markouts["horizon_us"].unique())
     order = _clusters(view.markouts)
-    for shift, cluster in zip(_spread(len(order), 0.35), order, strict=True):
+    for shift, cluster in zip(offsets(len(order), 0.35), order, strict=True):
         mine = view.markouts[view.markouts["cluster"] == cluster].set_index("horizon_us").reindex(horizons)
         x = np.arange(len(horizons)) + shift
         axes.vlines(x, mine["ci_low"], mine["ci_high"], color=colour(cluster), linewidth=1.6, alpha=0.75)
@@ -266,10 +275,10 @@ def markouts(view: View) -> Figure:
             color=colour(cluster),
             label=view.name(cluster),
         )
-    _plain(axes, "signed mid move (bps)")
+    plain(axes, "signed mid move (bps)")
     axes.set_xticks(range(len(horizons)), [format_duration(int(h)) for h in horizons], fontsize=9)
     axes.set_xlabel("time after the trade", fontsize=9)
-    _legend(axes, len(order))
+    legend(axes, len(order))
     return figure
 
 
@@ -292,10 +301,10 @@ def side_audit(view: View) -> Figure:
         )
         for x, (_, cluster) in enumerate(named):
             mine = moves.reindex([(cluster, h) for h in horizons])
-            at = x + _spread(len(horizons), 0.8)
+            at = x + offsets(len(horizons), 0.8)
             axes.bar(at, mine["mean_bps"], width=0.68 / len(horizons), color=colour(cluster), alpha=0.85)
             axes.vlines(at, mine["ci_low"], mine["ci_high"], color=INK, linewidth=1)
-        _plain(axes, "mark-out (bps)" if column == "label" else "")
+        plain(axes, "mark-out (bps)" if column == "label" else "")
         axes.set_title(f"same_side: {side} ({remark})", fontsize=9.5, loc="left")
         names = [f"{label}\ncluster {c}" for label, c in named]
         axes.set_xticks(range(len(named)), names, fontsize=8, rotation=90 if len(named) > 4 else 0)
@@ -327,10 +336,10 @@ def flow_and_price(view: View) -> Figure:
         )
     every = view.buckets[view.buckets["cluster"] == ALL_CLUSTERS].sort_values("bucket_ts")
     lower.plot(_times(every), 1e4 * every["conr"].cumsum(), color=INK, linewidth=1)
-    _plain(upper, "cumulated flow")
-    _plain(lower, "return of mid (bps)")
-    _dates(lower)
-    _legend(upper, len(order))
+    plain(upper, "cumulated flow")
+    plain(lower, "return of mid (bps)")
+    dates(lower)
+    legend(upper, len(order))
     return figure
 
 
@@ -352,10 +361,10 @@ def shares_over_time(view: View) -> Figure:
     times = pd.to_datetime(percent.index.to_numpy(), unit="us")
     for cluster in map(int, percent.columns):
         axes.plot(times, percent[cluster], color=colour(cluster), linewidth=1.2, label=view.name(cluster))
-    _plain(axes, "% of trades", zero=False)
+    plain(axes, "% of trades", zero=False)
     axes.set_ylim(0, None)
-    _dates(axes)
-    _legend(axes, len(percent.columns))
+    dates(axes)
+    legend(axes, len(percent.columns))
     return figure
 
 
@@ -381,12 +390,12 @@ def drift(view: View) -> Figure:
         )
         moved = mine[disagree.loc[mine.index]]
         axes.plot(moved["window_id"], moved["drift"], "x", color=STAMP, markersize=10)
-    _plain(axes, "distance (z)", zero=False)
+    plain(axes, "distance (z)", zero=False)
     axes.margins(y=0.1)
     axes.set_ylim(0, None)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("window", fontsize=9)
-    _legend(axes, len(_clusters(table)))
+    legend(axes, len(_clusters(table)))
     return figure
 
 
@@ -394,7 +403,8 @@ def _times(table: pd.DataFrame) -> pd.DatetimeIndex:
     return pd.to_datetime(table["bucket_ts"].to_numpy(), unit="us")
 
 
-def _dates(axes: Axes) -> None:
+def dates(axes: Axes) -> None:
+    """Dates on the x axis."""
     locator = AutoDateLocator()
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))

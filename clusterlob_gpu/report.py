@@ -8,8 +8,6 @@ differ from zero after correction, and how much data the rest would need.
 from __future__ import annotations
 
 import base64
-import io
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,20 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.table import Table
 
-from clusterlob_gpu import pictures
+from clusterlob_gpu import page, pictures
 from clusterlob_gpu.config import format_duration, parse_duration
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.evaluation import ALL_CLUSTERS, Z_95, Z_POWER
+from clusterlob_gpu.page import interval, number, text_table
 from clusterlob_gpu.pictures import SIDES, View
 from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES
 
 EXPERIMENTS = ("cluster", "label")
 """Runs that leave the tables shown here."""
 
-NOTHING = "-"
 HEADLINE_SIGNAL, HEADLINE_TARGET = "ofi_size", "frnb"
 """The pair for which the research log reports an IC."""
 
@@ -79,17 +76,13 @@ def read_run(out: Path) -> tuple[dict[str, Any], list[View]]:
 
     Raises InputError, naming the file, if the directory is not that of a finished run.
     """
-    path = Path(out) / "run.json"
-    try:
-        info = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; pass the --out of a run") from None
-    except ValueError:
-        raise InputError(f"{path}: not valid JSON; repeat the run") from None
+    info = page.read_info(out)
     if info.get("experiment") not in EXPERIMENTS:
         found, known = info.get("experiment"), " and ".join(EXPERIMENTS)
-        raise InputError(f"{path}: experiment = {found!r}; only runs of {known} can be shown")
-    tables = {name: _read(Path(out), name) for name in ("centroids", "buckets", "ic", "markouts")}
+        raise InputError(
+            f"{Path(out) / 'run.json'}: experiment = {found!r}; only runs of {known} can be shown"
+        )
+    tables = {name: page.read_results(Path(out), name) for name in ("centroids", "buckets", "ic", "markouts")}
     tables["ic"] = tables["ic"][tables["ic"]["sample"] == info["sample"]]
     views = [
         View(symbol, info, **{name: _of(table, symbol) for name, table in tables.items()})
@@ -100,13 +93,6 @@ def read_run(out: Path) -> tuple[dict[str, Any], list[View]]:
 
 def _of(table: pd.DataFrame, symbol: str) -> pd.DataFrame:
     return table[table["symbol"] == symbol].reset_index(drop=True)
-
-
-def _read(out: Path, name: str) -> pd.DataFrame:
-    path = out / "results" / f"{name}.parquet"
-    if not path.exists():
-        raise InputError(f"{path}: is missing; the run has not finished, repeat it")
-    return pd.read_parquet(path)
 
 
 # ---- words
@@ -315,18 +301,6 @@ def _window_words(view: View) -> list[str]:
 # ---- tables
 
 
-def _number(value: Any, form: str) -> str:
-    if value is None or pd.isna(value):
-        return NOTHING
-    return format(value, form)
-
-
-def _interval(row: pd.Series, low: str, high: str, form: str) -> str:
-    if pd.isna(row[low]) or pd.isna(row[high]):
-        return NOTHING
-    return f"{row[low]:{form}} to {row[high]:{form}}"
-
-
 def cluster_rows(view: View) -> list[dict[str, str]]:
     """Clusters of the last window, as text."""
     return [
@@ -334,11 +308,11 @@ def cluster_rows(view: View) -> list[dict[str, str]]:
             "cluster": str(int(row["cluster"])),
             "label": str(row["label"]),
             f"under {SIDES[view.side]}": str(row["label_other"]),
-            "count": _number(row["count"], ",.0f"),
-            "share": _number(row["share"], ".1%"),
-            "score": _number(row["score"], "+.2f"),
+            "count": number(row["count"], ",.0f"),
+            "share": number(row["share"], ".1%"),
+            "score": number(row["score"], "+.2f"),
         }
-        | {name: _number(row[name], "+.2f") for name in Z_FEATURES}
+        | {name: number(row[name], "+.2f") for name in Z_FEATURES}
         for _, row in view.latest.iterrows()
     ]
 
@@ -349,7 +323,7 @@ def raw_rows(view: View) -> list[dict[str, str]]:
     headings = {name: f"{name} ({units[name]})" if name in units else name for name in FEATURES}
     return [
         {"cluster": view.name(int(row["cluster"]))}
-        | {headings[name]: _number(row[name], ",.0f" if row[name] >= 1000 else ".4g") for name in FEATURES}
+        | {headings[name]: number(row[name], ",.0f" if row[name] >= 1000 else ".4g") for name in FEATURES}
         for _, row in view.latest.iterrows()
     ]
 
@@ -381,17 +355,17 @@ def ic_rows(view: View) -> list[dict[str, str]]:
             "signal": str(row["signal"]),
             "cluster": view.name(int(row["cluster"])),
             "target": str(row["target"]) + ("" if row["predictive"] else " (same bucket)"),
-            "n": _number(row["n"], ",.0f"),
-            "IC": _number(row["ic"], "+.4f"),
-            "95 % interval": _interval(row, "ci_low", "ci_high", "+.3f"),
-            "rank IC": _number(row["rank_ic"], "+.4f"),
-            "HAC t": _number(row["hac_t"], "+.2f"),
-            "lags": _number(row["lags"], "d"),
-            "p corrected": _number(row["p_fdr"], ".3f"),
-            "MDE": _number(row["mde"], ".3f"),
-            "less benchmark": _number(row["diff"], "+.4f"),
-            "its 95 % interval": _interval(row, "diff_low", "diff_high", "+.3f"),
-            "n eff.": _number(row["n_eff"], ",.0f"),
+            "n": number(row["n"], ",.0f"),
+            "IC": number(row["ic"], "+.4f"),
+            "95 % interval": interval(row, "ci_low", "ci_high", "+.3f"),
+            "rank IC": number(row["rank_ic"], "+.4f"),
+            "HAC t": number(row["hac_t"], "+.2f"),
+            "lags": number(row["lags"], "d"),
+            "p corrected": number(row["p_fdr"], ".3f"),
+            "MDE": number(row["mde"], ".3f"),
+            "less benchmark": number(row["diff"], "+.4f"),
+            "its 95 % interval": interval(row, "diff_low", "diff_high", "+.3f"),
+            "n eff.": number(row["n_eff"], ",.0f"),
             "verdict": str(row["verdict"]),
         }
         for _, row in table.iterrows()
@@ -406,10 +380,10 @@ def markout_rows(view: View) -> list[dict[str, str]]:
         {
             "cluster": view.name(int(row["cluster"])),
             "after": format_duration(int(row["horizon_us"])),
-            "n": _number(row["n"], ",.0f"),
-            "mean (bps)": _number(row["mean_bps"], "+.3f"),
-            "95 % interval": _interval(row, "ci_low", "ci_high", "+.3f"),
-            "t": _number(row["t"], "+.1f"),
+            "n": number(row["n"], ",.0f"),
+            "mean (bps)": number(row["mean_bps"], "+.3f"),
+            "95 % interval": interval(row, "ci_low", "ci_high", "+.3f"),
+            "t": number(row["t"], "+.1f"),
         }
         for _, row in table.iterrows()
     ]
@@ -437,8 +411,8 @@ def published_rows(view: View) -> list[dict[str, str]]:
 def _compared(what: str, published: Any, measured: Any, form: str, remark: str = "") -> dict[str, str]:
     return {
         "what": what,
-        "published": _number(published, form),
-        "measured": _number(measured, form),
+        "published": number(published, form),
+        "measured": number(measured, form),
         "remark": remark,
     }
 
@@ -455,7 +429,7 @@ def _compared_ic(view: View, entry: Mapping[str, Any]) -> dict[str, str]:
     row = found.iloc[0]
     inside = row["ci_low"] <= entry["ic"] <= row["ci_high"]
     remark = (
-        f"published value {'inside' if inside else 'outside'} {_interval(row, 'ci_low', 'ci_high', '+.3f')}"
+        f"published value {'inside' if inside else 'outside'} {interval(row, 'ci_low', 'ci_high', '+.3f')}"
     )
     return _compared(what, entry["ic"], row["ic"], "+.4f", remark)
 
@@ -481,27 +455,12 @@ def console_tables(out: Path) -> list[Table]:
             "mark-outs": markout_rows(view),
             "published and measured": published_rows(view),
         }
-        tables += [_table(f"{view.symbol}: {title}", rows) for title, rows in parts.items() if rows]
+        tables += [text_table(f"{view.symbol}: {title}", rows) for title, rows in parts.items() if rows]
     return tables
 
 
 def _without(row: dict[str, str], *names: str) -> dict[str, str]:
     return {name: text for name, text in row.items() if name not in names}
-
-
-def _table(title: str, rows: list[dict[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in rows[0]:
-        numeric = all(_is_numeric(row[name]) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left")
-    for row in rows:
-        table.add_row(*row.values())
-    return table
-
-
-def _is_numeric(text: str) -> bool:
-    number = r"[-+]?[\d.,]+(e[-+]?\d+)?%?"
-    return text == NOTHING or re.fullmatch(f"{number}( to {number})?", text) is not None
 
 
 # ---- page
@@ -520,11 +479,11 @@ def render_run(out: Path) -> list[Path]:
     for view in views:
         images = []
         for name, make in pictures.pictures(view):
-            png = _png(view, make)
+            image = page.png(make(view))
             path = out / "plots" / f"{name}_{re.sub(r'[^A-Za-z0-9._-]', '_', view.symbol)}.png"
-            _write(path, png)
+            page.write(path, image)
             written.append(path)
-            images.append((name, _CAPTIONS[name], base64.b64encode(png).decode("ascii")))
+            images.append((name, _CAPTIONS[name], base64.b64encode(image).decode("ascii")))
         sections.append(
             Section(
                 view.symbol,
@@ -538,39 +497,6 @@ def render_run(out: Path) -> list[Path]:
                 published_rows(view),
             )
         )
-    page = out / "report.html"
-    _write(page, _page(info, sections).encode())
-    return [*written, page]
-
-
-def _png(view: View, make: Any) -> bytes:
-    buffer = io.BytesIO()
-    make(view).savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def _page(info: dict[str, Any], sections: list[Section]) -> str:
-    environment = Environment(
-        loader=PackageLoader("clusterlob_gpu"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.tests["numeric"] = _is_numeric
-    facts = {
-        "exchange": info["exchange"],
-        "days": f"{info['start']} to {info['end']} ({info['days']})",
-        "backend": info["backend"],
-        "workers": info["workers"],
-        "seconds": f"{info['seconds']:.1f}",
-        "config": info["config_hash"],
-    }
-    return environment.get_template("report.html.j2").render(info=info, facts=facts, sections=sections)
+    report = out / "report.html"
+    page.write(report, page.page("report.html.j2", info, sections))
+    return [*written, report]

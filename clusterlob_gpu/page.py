@@ -1,0 +1,104 @@
+"""What every report is made of: numbers as text, tables for the terminal, one self-contained page."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from clusterlob_gpu.errors import InputError
+
+NOTHING = "-"
+
+
+def read_info(out: Path) -> dict[str, Any]:
+    """run.json of a run directory; raises InputError, naming the file, if it cannot be read."""
+    path = Path(out) / "run.json"
+    try:
+        info: dict[str, Any] = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; pass the --out of a run") from None
+    except ValueError:
+        raise InputError(f"{path}: not valid JSON; repeat the run") from None
+    return info
+
+
+def read_results(out: Path, name: str) -> pd.DataFrame:
+    """A table of results; raises InputError, naming the file, if it is missing."""
+    path = out / "results" / f"{name}.parquet"
+    if not path.exists():
+        raise InputError(f"{path}: is missing; the run has not finished, repeat it")
+    return pd.read_parquet(path)
+
+
+def number(value: Any, form: str) -> str:
+    """The value, or a dash for null."""
+    if value is None or pd.isna(value):
+        return NOTHING
+    return format(value, form)
+
+
+def interval(row: pd.Series, low: str, high: str, form: str) -> str:
+    """`low to high`, or a dash for null."""
+    if pd.isna(row[low]) or pd.isna(row[high]):
+        return NOTHING
+    return f"{row[low]:{form}} to {row[high]:{form}}"
+
+
+def text_table(title: str, rows: list[dict[str, str]]) -> Table:
+    """A table for the terminal; columns of numbers are right-aligned."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in rows[0]:
+        numeric = all(is_numeric(row[name]) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
+def is_numeric(text: str) -> bool:
+    number = r"[-+]?[\d.,]+(e[-+]?\d+)?%?"
+    return text == NOTHING or re.fullmatch(f"{number}( to {number})?", text) is not None
+
+
+def png(figure: Figure) -> bytes:
+    """The picture's file; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file that appears only when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def page(template: str, info: dict[str, Any], sections: list[Any]) -> bytes:
+    """The page of a run, from a template of the package."""
+    environment = Environment(
+        loader=PackageLoader("clusterlob_gpu"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.tests["numeric"] = is_numeric
+    facts = {
+        "exchange": info["exchange"],
+        "days": f"{info['start']} to {info['end']} ({info['days']})",
+        "backend": info["backend"],
+        "workers": info["workers"],
+        "seconds": f"{info['seconds']:.1f}",
+        "config": info["config_hash"],
+    }
+    return environment.get_template(template).render(info=info, facts=facts, sections=sections).encode()
