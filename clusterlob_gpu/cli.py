@@ -18,7 +18,7 @@ from clusterlob_gpu import __version__
 from clusterlob_gpu.errors import ClusterlobError, InputError
 
 if TYPE_CHECKING:
-    from clusterlob_gpu.config import ClusterConfig, Preset
+    from clusterlob_gpu.config import Preset, RunConfig
     from clusterlob_gpu.lake.synthetic import MarketConfig, SyntheticReport
     from clusterlob_gpu.pipeline import RunRequest
     from clusterlob_gpu.workers import Progress
@@ -165,7 +165,19 @@ def run_cluster(**options: Any) -> None:
     from clusterlob_gpu import pipeline
 
     preset = _preset(options["preset"])
-    _finish(pipeline.run_cluster, _request(options, preset, _config(options, preset)), options)
+    _finish(pipeline.run_cluster, _request(options, preset, _config(options, preset, "cluster")), options)
+
+
+@run.command("flow")
+@_RANGE
+@click.option("--preset", help="Experiment that comes with the package; options and --set override it.")
+@_RUNNING
+def run_flow(**options: Any) -> None:
+    """Split taker flow by trade size, and test it against 1 h and 3 h forward returns."""
+    from clusterlob_gpu import pipeline
+
+    preset = _preset(options["preset"])
+    _finish(pipeline.run_flow, _request(options, preset, _config(options, preset, "flow")), options)
 
 
 @cli.command("label")
@@ -182,7 +194,7 @@ def label(model: Path, **options: Any) -> None:
     options["symbols"] = options["symbols"] or tuple(models)
     options["exchange"] = options["exchange"] or first.exchange
     file = read_yaml(options["file"]) if options["file"] else {}
-    config = make_config({**first.features, "k": len(first.numbers), **file}, options["settings"])
+    config: RunConfig = make_config({**first.features, "k": len(first.numbers), **file}, options["settings"])
     request = _request(options, None, config, models=models)
     _finish(pipeline.label, request, options)
 
@@ -249,16 +261,19 @@ def _preset(name: str | None) -> Preset | None:
     return None if name is None else read_preset(name)
 
 
-def _config(options: dict[str, Any], preset: Preset | None) -> ClusterConfig:
-    from clusterlob_gpu.config import make_config, read_yaml
+def _config(options: dict[str, Any], preset: Preset | None, experiment: str) -> RunConfig:
+    from clusterlob_gpu.config import ClusterConfig, FlowConfig, make_config, read_yaml
 
+    if preset is not None and preset.experiment != experiment:
+        raise InputError(f"--preset: is one of `run {preset.experiment}`, not of `run {experiment}`")
     file = read_yaml(options["file"]) if options["file"] else {}
-    return make_config({**(preset.config if preset else {}), **file}, options["settings"])
+    kind: type[RunConfig] = ClusterConfig if experiment == "cluster" else FlowConfig
+    return make_config({**(preset.config if preset else {}), **file}, options["settings"], kind)
 
 
 def _request(
-    options: dict[str, Any], preset: Preset | None, config: ClusterConfig, models: Any = None
-) -> RunRequest[ClusterConfig]:
+    options: dict[str, Any], preset: Preset | None, config: RunConfig, models: Any = None
+) -> RunRequest[Any]:
     from clusterlob_gpu import backend
     from clusterlob_gpu.pipeline import RunRequest
 
@@ -285,13 +300,13 @@ def _request(
     )
 
 
-def _finish(job: Callable[..., Path], request: RunRequest[ClusterConfig], options: dict[str, Any]) -> None:
+def _finish(job: Callable[..., Path], request: RunRequest[Any], options: dict[str, Any]) -> None:
     """Run a job on its workers and print its tables."""
     from clusterlob_gpu import pipeline
     from clusterlob_gpu.workers import open_workers, read_place
 
     place = read_place(options["workers"])
-    pipeline.check_request(request)
+    pipeline.check_range(request)
     with _progress() as step, open_workers(place, step) as workers:
         out = job(request, workers)
     _show(out)

@@ -166,7 +166,75 @@ class ClusterConfig(RunConfig):
         return self.reach if self.purge is None else self.purge
 
 
-def make_config(file: Mapping[str, Any], settings: Sequence[str] = ()) -> ClusterConfig:
+class FlowConfig(RunConfig):
+    """Settings of `run flow`."""
+
+    bar: Duration = "5m"  # type: ignore[assignment]
+    """Width of the bars."""
+
+    quantiles: tuple[float, float] = (0.85, 0.5)
+    """Large: at or above the first quantile of notionals.  Small: at or below the second."""
+
+    threshold_window: Duration = "72h"  # type: ignore[assignment]
+    """Trailing window of the quantiles."""
+
+    refresh: Literal["day", "bar"] = "day"
+    """How often the quantiles are taken anew."""
+
+    min_trades: int = Field(default=5000, ge=1)
+    """Fewer trades in the window give no threshold."""
+
+    require_full_window: bool = False
+    """No threshold where the window touches a day that the lake does not have."""
+
+    variants: tuple[tuple[Duration, float, float], ...] = ()
+    """Further settings [window, large quantile, small quantile], tested beside the main one."""
+
+    unit: Literal["trade", "order"] = "trade"
+    """Trades as given, or taker orders rebuilt from their fills."""
+
+    price: Literal["mid", "vwap"] = "mid"
+    """Price of the targets and of past returns."""
+
+    horizons: tuple[Duration, ...] = ("1h", "3h")  # type: ignore[assignment]
+    """Horizons of the targets."""
+
+    controls: tuple[str, ...] | None = None
+    """Control columns of the regressions; null takes all."""
+
+    markets: tuple[str, ...] = ("BTCUSDT", "ETHUSDT")
+    """Symbols of the same exchange whose past return is a control, where the lake has them."""
+
+    fee_bps: float = Field(default=5.0, ge=0)
+    """Taker fee per side, bps of the traded notional."""
+
+    slippage_bps: float = Field(default=0.0, ge=0)
+    """Slippage per side beyond half the spread."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if US_PER_DAY % self.bar:
+            raise ValueError(f"bar = {format_duration(self.bar)}: must divide a UTC day")
+        if not self.horizons or len(set(self.horizons)) != len(self.horizons):
+            raise ValueError(f"horizons = {self.horizons}: give one or more, each once")
+        for _, large, small in self.settings:
+            if not 0 < small <= large < 1:
+                raise ValueError(
+                    f"quantiles = [{large}, {small}]: must be [large, small] with 0 < small <= large < 1"
+                )
+        return self
+
+    @property
+    def settings(self) -> list[tuple[int, float, float]]:
+        """The main (window, large quantile, small quantile), then the variants."""
+        return [(self.threshold_window, *self.quantiles), *self.variants]
+
+
+def make_config(
+    file: Mapping[str, Any],
+    settings: Sequence[str] = (),
+    kind: type[Config] = ClusterConfig,  # type: ignore[assignment]
+) -> Config:
     """The config of a file's keys with `key=value` settings on top (values are YAML).
 
     Raises ConfigError naming the field, what was found and what is allowed.
@@ -178,16 +246,16 @@ def make_config(file: Mapping[str, Any], settings: Sequence[str] = ()) -> Cluste
             raise ConfigError(f"--set {setting}: must be key=value")
         values[key.strip()] = yaml.safe_load(text)
     try:
-        return ClusterConfig(**values)
+        return kind(**values)
     except ValidationError as error:
-        raise ConfigError(_first_problem(error)) from None
+        raise ConfigError(_first_problem(error, kind)) from None
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
     problem = error.errors()[0]
     field = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"{field}: no such key; known keys are {', '.join(ClusterConfig.model_fields)}"
+        return f"{field}: no such key; known keys are {', '.join(kind.model_fields)}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{field} = {problem['input']!r}: {message}" if field else message
 
@@ -212,7 +280,7 @@ class Preset(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    experiment: Literal["cluster"]
+    experiment: Literal["cluster", "flow"]
     exchange: str
     symbols: tuple[str, ...]
     start: date
@@ -237,7 +305,7 @@ def read_preset(name: str) -> Preset:
         try:
             return Preset(**read_yaml(path))
         except ValidationError as error:
-            raise ConfigError(f"preset {name}: {_first_problem(error)}") from None
+            raise ConfigError(f"preset {name}: {_first_problem(error, Preset)}") from None
 
 
 def config_hash(values: Mapping[str, Any]) -> str:

@@ -114,7 +114,8 @@ def _write_rows(rows: pd.DataFrame, path: Path) -> None:
     )
 
 
-def _rows(job: DayJob[RunConfig], book: BookDay | None) -> pd.DataFrame:
+def book_rows(job: DayJob[RunConfig], book: BookDay | None) -> pd.DataFrame:
+    """A day's valid book rows, none for a day without a book."""
     if book is None:
         return pd.DataFrame({name: np.empty(0, np.int64) for name in context.ROW_COLUMNS})
     path = Store(job.store).path("book", book.key) / "rows.parquet"
@@ -123,7 +124,7 @@ def _rows(job: DayJob[RunConfig], book: BookDay | None) -> pd.DataFrame:
 
 def _context(job: ClusterDay, book: BookDay | None, carry: BookCarry | None) -> Context:
     qty_unit = job.lake.symbol.qty_unit
-    return context.make_context(_rows(job, book), carry, qty_unit, job.config.spread)
+    return context.make_context(book_rows(job, book), carry, qty_unit, job.config.spread)
 
 
 def _meet(job: ClusterDay, book: Context, last: int | None = None) -> tuple[MetTrades, int]:
@@ -317,7 +318,7 @@ def _markouts(
     stop = day_start_us(job.day) + US_PER_DAY
     book_ts, mid2 = around.ts, around.mid2
     if task.next_book is not None:
-        rows = _rows(job, task.next_book)
+        rows = book_rows(job, task.next_book)
         soon = rows[rows["ts"] < stop + max(returns.MARKOUTS_US)]
         book_ts = np.concatenate([book_ts, soon["ts"].to_numpy(np.int64)])
         mid2 = np.concatenate([mid2, (soon["bid"] + soon["ask"]).to_numpy(np.int64)])
@@ -359,7 +360,7 @@ def _write_trades(task: LabelJob, label: np.ndarray, raw: np.ndarray) -> None:
 def mids_day(task: tuple[DayJob[RunConfig], BookDay, BookCarry | None, np.ndarray]) -> np.ndarray:
     """Twice the mid (integer price units, NaN = null) at sorted times that one covered day decides."""
     job, book, carry, times = task
-    rows = context.with_carry(_rows(job, book), carry)
+    rows = context.with_carry(book_rows(job, book), carry)
     mid2 = rows["bid"].to_numpy(np.int64) + rows["ask"].to_numpy(np.int64)
     return returns.mids_at(times, rows["ts"].to_numpy(np.int64), mid2, job.config.max_staleness)
 

@@ -138,6 +138,9 @@ EXCHANGE_IDS = {
 
 MAX_TS = 2**63 - 1
 
+NO_ID = -1
+"""A trade id that is not a number."""
+
 FEATURES = ("v_rel", "sbs", "obs", "spread", "t_m", "t_age")
 Z_FEATURES = tuple(f"z_{name}" for name in FEATURES)
 
@@ -150,6 +153,16 @@ class Trades:
     side: np.ndarray
     price: np.ndarray
     qty: np.ndarray
+
+
+@dataclass(frozen=True)
+class Fills:
+    """One day of trades with what tells the fills of one order."""
+
+    trades: Trades
+    ts_exch: np.ndarray
+    trade_id: np.ndarray
+    """int64, NO_ID where the id is not a number."""
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ from clusterlob_gpu.errors import LakeError
 from clusterlob_gpu.lake import manifest
 from clusterlob_gpu.lake.layout import day_start_us, partition_dir
 from clusterlob_gpu.lake.symbols import Symbol, find_symbol
-from clusterlob_gpu.schema import US_PER_DAY, BookRows, Trades
+from clusterlob_gpu.schema import NO_ID, US_PER_DAY, BookRows, Fills, Trades
 
 _SNAPSHOT_BATCH = 16_384
+_TRADE_COLUMNS = ["side", "price_int", "qty_int"]
 _ORDER = ("ts_local_us", "file_id", "file_line_number")
 
 
@@ -132,18 +133,33 @@ class SymbolLake:
         parts = self._parts("trades", day)
         if last is not None and len(parts) == 1:
             parts = [_last_groups(parts[0], last)]
-        chunks = list(self._scalars(parts, day, ["side", "price_int", "qty_int"]))
+        return self._trades(self._ordered("trades", day, _TRADE_COLUMNS, parts))
+
+    def _trades(self, columns: dict[str, np.ndarray]) -> Trades:
+        price, qty = columns["price_int"], columns["qty_int"]
+        ts, side = columns["ts_local_us"], columns["side"].astype(np.uint8)
+        _check_notional(price, qty, f"trades of {self.symbol.name} from ts_local_us = {ts[0]}")
+        return Trades(ts, side, price, qty)
+
+    def read_fills(self, day: date) -> Fills:
+        """The day's trades with the exchange's time and id of each, from which orders are rebuilt."""
+        columns = self._ordered("trades", day, [*_TRADE_COLUMNS, "ts_exch_us", "trade_id"])
+        return Fills(self._trades(columns), columns["ts_exch_us"], columns["trade_id"])
+
+    def read_ticker(self, day: date, names: list[str]) -> dict[str, np.ndarray]:
+        """Columns of the day's `derivative_ticker`, float64 with NaN for null, and ts_local_us."""
+        return self._ordered("derivative_ticker", day, names)
+
+    def _ordered(
+        self, table: str, day: date, names: list[str], parts: list[_Part] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Columns of a day in the lake's order; raises LakeError if there are no rows."""
+        chunks = list(self._scalars(self._parts(table, day) if parts is None else parts, day, names))
         if not chunks:
-            raise LakeError(self.absent("trades", day))
+            raise LakeError(self.absent(table, day))
         columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
         order = _order(columns)
-        side = columns["side"].astype(np.uint8)
-        price, qty = columns["price_int"], columns["qty_int"]
-        _check_notional(price, qty, f"trades of {self.symbol.name} on {day}")
-        ts = columns["ts_local_us"]
-        if order is None:
-            return Trades(ts, side, price, qty)
-        return Trades(ts[order], side[order], price[order], qty[order])
+        return columns if order is None else {name: values[order] for name, values in columns.items()}
 
     def read_book(self, day: date, table: str, depth: int) -> BookRows:
         """The day's book rows from `book_snapshot_25` or `quotes`, depth summed over `depth` levels."""
@@ -172,7 +188,7 @@ class SymbolLake:
         for path, groups in parts:
             columns = [*_ORDER, "symbol_id", *names]
             table_ = _read(path, groups, columns)
-            chunk = {name: _int_column(table_[name], path, name) for name in columns}
+            chunk = {name: _column(table_[name], path, name) for name in columns}
             mask = self._mine(chunk["symbol_id"])
             if mask is not None:
                 chunk = {name: values[mask] for name, values in chunk.items()}
@@ -310,6 +326,22 @@ def _read(path: Path, groups: list[int], columns: list[str]) -> pa.Table:
             return file.read_row_groups(groups, columns=columns, use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
         raise LakeError(f"{path}: not a readable Parquet file ({_line(error)}); ingest it again") from None
+
+
+def _column(column: pa.ChunkedArray, path: Path, name: str) -> np.ndarray:
+    """A flat column as NumPy: trade ids as numbers, floats with NaN for null, integers as int64."""
+    if name == "trade_id":
+        return _numeric_ids(column)
+    if pa.types.is_floating(column.type):
+        return column.to_numpy().astype(np.float64, copy=False)
+    return _int_column(column, path, name)
+
+
+def _numeric_ids(ids: pa.ChunkedArray) -> np.ndarray:
+    """Trade ids as int64; NO_ID for one that is not a plain decimal number of 1 to 18 digits."""
+    short = pc.less_equal(pc.binary_length(ids), 18)
+    plain = pc.fill_null(pc.and_(short, pc.and_(pc.string_is_ascii(ids), pc.utf8_is_decimal(ids))), False)
+    return pc.if_else(plain, ids, str(NO_ID)).cast(pa.int64()).to_numpy()
 
 
 def _int_column(column: pa.ChunkedArray, path: Path, name: str) -> np.ndarray:

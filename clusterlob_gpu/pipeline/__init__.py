@@ -1,6 +1,7 @@
-"""The order of the steps: `run` is what every experiment shares, `cluster` is the trade clusters."""
+"""The order of the steps: `run` is what experiments share, `cluster` and `flow` are the two."""
 
 from clusterlob_gpu.pipeline.cluster import check_request, label, run_cluster
-from clusterlob_gpu.pipeline.run import RunRequest
+from clusterlob_gpu.pipeline.flow import run_flow
+from clusterlob_gpu.pipeline.run import RunRequest, check_range
 
-__all__ = ["RunRequest", "check_request", "label", "run_cluster"]
+__all__ = ["RunRequest", "check_range", "check_request", "label", "run_cluster", "run_flow"]
