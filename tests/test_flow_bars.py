@@ -338,7 +338,7 @@ def test_large_set__orders_make_one_large_of_ten_small() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(lakes(), st.booleans())
-def test_rolled_columns__equal_slow_sums(lake: tuple[list[Fill], list[int]], rng: object, drop: bool) -> None:
+def test_rolled_columns__equal_slow_sums(lake: tuple[list[Fill], list[int]], drop: bool) -> None:
     fills, held = lake
     width = 15 * MINUTE
     rule = Rule("trade", width, ThresholdRule(width, (DAY,), (Q85, Q50), "bar", 1))
