@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import flow_reference as ref
 import numpy as np
@@ -42,6 +47,7 @@ MINUTE = HOUR // 60
 PRICE_UNIT, QTY_UNIT = Fraction("0.1"), Fraction("0.001")
 UNITS = {"price_unit": PRICE_UNIT, "qty_unit": QTY_UNIT}
 Q85, Q50 = Fraction("0.85"), Fraction("0.5")
+DATA = Path(__file__).parents[2] / "shared" / "data" / "tardis"
 
 some = settings(max_examples=60, deadline=None)
 
@@ -295,6 +301,10 @@ def test_orders__what_ends_an_order(second: Fill) -> None:
     assert orders(Fill(10, 0, 100, 1, 5, "41"), second) == [(10, 0, 100), (second.ts, second.side, 100)]
 
 
+def test_orders__id_0_does_not_follow_a_missing_id() -> None:
+    assert orders(Fill(1, 0, 5, 1, 0, ""), Fill(1, 0, 5, 1, 0, "0")) == [(1, 0, 5)] * 2
+
+
 def test_orders__unknown_side_is_never_merged() -> None:
     assert orders(Fill(1, 2, 5, 1, 0, "1"), Fill(1, 2, 5, 1, 0, "2")) == [(1, 2, 5), (1, 2, 5)]
 
@@ -331,6 +341,52 @@ def test_large_set__orders_make_one_large_of_ten_small() -> None:
         "count_share": 1 / 11,
         "notional_share": 0.5,
     }
+
+
+# ---- real trades ---------------------------------------------------------------------------------------
+
+
+def read_aig() -> list[Fill]:
+    """The five days, prices in units of 0.0001."""
+    fills = []
+    for path in sorted((DATA / "us-equity" / "trades").rglob("AIG.csv.gz")):
+        with gzip.open(path, "rt") as file:
+            for row in csv.DictReader(file):
+                price = int(Fraction(row["price"]) * 10_000)
+                side = {"buy": 0, "sell": 1}.get(row["side"], 2)
+                times = int(row["local_timestamp"]), int(row["timestamp"])
+                fills.append(Fill(times[0], side, price, int(row["amount"]), times[1], row["id"]))
+    return fills
+
+
+@pytest.mark.skipif(not (DATA / "us-equity").exists(), reason="real captures are not there: ../shared/data")
+@pytest.mark.parametrize("unit", ["trade", "order"])
+def test_bars__real_equity__thursday_equals_slow_reference(unit: str) -> None:
+    fills = read_aig()
+    held = sorted({row.ts // DAY for row in fills})
+    thursday, width = held[3], DAY // 288
+    thresholds = ThresholdRule(width, (3 * DAY,), (Q85, Q50), require_full_window=True)
+    rule = Rule(unit, width, thresholds)
+    got = table_of(fills, held, [thursday], rule)
+    takers = ref.takers_of(fills) if unit == "trade" else ref.orders_of(fills, width)
+    past = [row.notional for row in takers if held[0] * DAY <= row.ts < thursday * DAY]
+    large, small = ref.quantile(past, Q85), ref.quantile(past, Q50)
+
+    def between(rows: list[Any], start: int) -> list[Any]:
+        first, last = (bisect_left(rows, at, key=lambda row: row.ts) for at in (start, start + width))
+        return rows[first:last]
+
+    expected = [
+        ref.bar(
+            between(fills, start), between(takers, start), start, width, large, small, PRICE_UNIT, QTY_UNIT
+        )
+        for start in got["bar_ts"].tolist()
+    ]
+    pd.testing.assert_frame_equal(
+        got.astype(np.float64), pd.DataFrame(expected)[list(BAR_COLUMNS)], check_exact=True
+    )
+    assert (got["trade_count"] > 0).sum() == 78
+    assert len(takers) == {"trade": 205_708, "order": 129_535}[unit]
 
 
 # ---- sums over time ----------------------------------------------------------------------------------
