@@ -12,6 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,7 +60,7 @@ class Store:
         try:
             record = json.loads((folder / _RECORD).read_text())
             whole = all((folder / name).stat().st_size == size for name, size in record["files"].items())
-        except (OSError, ValueError, KeyError, AttributeError):
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             return None
         return record if whole else None
 
@@ -78,14 +79,24 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _commit(self, folder: Path, final: Path, record: dict[str, Any]) -> dict[str, Any]:
-        try:
+        """Rename into place; a whole artefact that stands there is kept, a damaged one replaced."""
+        with suppress(OSError):
             os.rename(folder, final)
-        except OSError:
-            present = self.record(final.parent.parent.name, final.name)
+            return record
+        stage, key = final.parent.parent.name, final.name
+        # One repair at a time, or the second would remove what the first has just put in place.
+        with FileLock(self.root / ".repair.lock"):
+            present = self.record(stage, key)
             if present is not None:
                 return present
             shutil.rmtree(final, ignore_errors=True)
-            os.rename(folder, final)
+            try:
+                os.rename(folder, final)
+            except OSError:
+                present = self.record(stage, key)  # of a writer who found the place just emptied
+                if present is None:
+                    raise
+                return present
         return record
 
 

@@ -98,7 +98,8 @@ def open_workers(place: Place, progress: Progress) -> Iterator[Workers]:
             memory_limit=place.memory_limit,
             processes=True,
             host="127.0.0.1",
-            dashboard_address=None,
+            # Any free port: with None it is 8787, which a second run on the machine would find taken.
+            dashboard_address="127.0.0.1:0",
         ) as cluster,
         Client(cluster) as client,
     ):
