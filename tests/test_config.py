@@ -136,7 +136,7 @@ def test_format_duration__shortest(us: int, text: str) -> None:
     assert format_duration(us) == text
 
 
-@given(st.integers(1, 10**15))
+@given(st.integers(1, 366 * 86_400 * 10**6))
 def test_durations__round_trip(us: int) -> None:
     assert parse_duration(format_duration(us)) == us
 

@@ -76,8 +76,9 @@ def check_lake(root: Path, exchange: str | None = None, symbol: str | None = Non
     found = LakeCheck()
     for exchange_name, name in wanted:
         lake = open_symbol(root, exchange_name, name)
-        found.tables.extend(_tables(lake))
-        found.days.extend(_days(lake, found.tables))
+        tables = list(_tables(lake))
+        found.days.extend(_days(lake, tables))
+        found.tables.extend(tables)
     return found
 
 
@@ -97,10 +98,17 @@ def _tables(lake: SymbolLake) -> Iterator[TableCheck]:
 
 
 def _days(lake: SymbolLake, tables: list[TableCheck]) -> Iterator[DayCheck]:
-    held = {check.table: check.days for check in tables if check.symbol == lake.symbol.name}
+    """Every day with trades and a book; one that cannot be read joins the book's broken files."""
+    held = {check.table: check for check in tables}
+    traded = held["trades"].days if "trades" in held else []
     for book in BOOKS:
-        for day in sorted(set(held.get("trades", [])) & set(held.get(book, []))):
-            yield check_day(lake, book, day)
+        if book not in held:
+            continue
+        for day in sorted(set(traded) & set(held[book].days)):
+            try:
+                yield check_day(lake, book, day)
+            except LakeError as error:
+                held[book].broken.append(str(error))
 
 
 def check_day(lake: SymbolLake, book: str, day: date) -> DayCheck:
