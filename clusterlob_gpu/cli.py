@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the job failed, 2 bad usage, config or input.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ _PAGE_WIDTH = 150
 
 def main() -> None:
     """Entry point: runs a command and turns its errors into one line and an exit code."""
+    signal.signal(signal.SIGTERM, _stop)
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
@@ -42,6 +44,14 @@ def main() -> None:
     except ClusterlobError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        click.echo(f"error: {error.filename or 'input or output'}: {error.strerror or error}", err=True)
+        sys.exit(1)
+
+
+def _stop(*_: object) -> None:
+    """A termination is treated like Ctrl-C: what was begun is cleaned away."""
+    raise KeyboardInterrupt
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -194,7 +204,7 @@ def label(model: Path, **options: Any) -> None:
     options["symbols"] = options["symbols"] or tuple(models)
     options["exchange"] = options["exchange"] or first.exchange
     file = read_yaml(options["file"]) if options["file"] else {}
-    config: RunConfig = make_config({**first.features, "k": len(first.numbers), **file}, options["settings"])
+    config: RunConfig = make_config({**first.features, **file}, options["settings"])
     request = _request(options, None, config, models=models)
     _finish(pipeline.label, request, options)
 

@@ -13,13 +13,15 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
+from annotated_types import Len
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
 
 from clusterlob_gpu import kernels
-from clusterlob_gpu.errors import ClusterlobError, InputError
+from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.schema import FEATURES, Z_FEATURES
 
 SAMPLE_ROWS = 200_000
@@ -303,6 +305,8 @@ class Model:
     train_days: list[str]
     features: dict[str, Any]
     """The config fields that the features depend on."""
+    fitted: dict[str, Any]
+    """The config fields that the fit depends on besides."""
     margin: float = 0.0
     fit: dict[str, Any] = field(default_factory=dict)
 
@@ -320,26 +324,53 @@ class Model:
         return values | {"bounds": bounds if clipped else None}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], where: str) -> Self:
-        """The inverse of `as_json`; raises InputError naming the field that is wrong."""
-        values = dict(values)
+    def from_json(cls, values: object, where: str) -> Self:
+        """The inverse of `as_json`; raises InputError naming the file, the field and what is wrong."""
         try:
-            order = values.pop("feature_order")
-            centroids = np.array(values.pop("centroids"), dtype=np.float64)
-            bounds = values.pop("bounds")
-        except (KeyError, ValueError) as error:
-            raise InputError(f"{where}: not a model: {error}") from None
-        if tuple(order) != Z_FEATURES or centroids.ndim != 2 or centroids.shape[1] != len(Z_FEATURES):
-            raise InputError(f"{where}: centroids must be k x {len(Z_FEATURES)} in the order {Z_FEATURES}")
-        if not np.isfinite(centroids).all():
-            raise InputError(f"{where}: centroids hold values that are not finite")
-        held = (
-            Bounds.none() if bounds is None else Bounds(*(np.array(bounds[side]) for side in ("low", "high")))
-        )
-        try:
-            return cls(centroids=centroids, bounds=held, **values)
-        except TypeError as error:
-            raise InputError(f"{where}: not a model of this version: {error}") from None
+            held = _ModelFile.model_validate(values)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            at = ".".join(str(part) for part in problem["loc"])
+            raise InputError(
+                f"{where}: {at or 'model'}: {problem['msg']}; take a model.json of a run"
+            ) from None
+        plain = held.model_dump(exclude={"feature_order", "centroids", "bounds"})
+        clip = held.bounds
+        bounds = Bounds(np.array(clip["low"]), np.array(clip["high"])) if clip else Bounds.none()
+        return cls(centroids=np.array(held.centroids), bounds=bounds, **plain)
+
+
+_SixValues = Annotated[list[FiniteFloat], Len(len(Z_FEATURES), len(Z_FEATURES))]
+
+
+class _ModelFile(BaseModel):
+    """What a model in model.json must look like before any kernel sees it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    symbol: str
+    exchange: str
+    centroids: list[_SixValues]
+    feature_order: list[str]
+    numbers: list[int]
+    labels: list[str]
+    bounds: dict[Literal["low", "high"], _SixValues] | None
+    train_days: list[str]
+    features: dict[str, Any]
+    fitted: dict[str, Any]
+    margin: float
+    fit: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        k = len(self.centroids)
+        if tuple(self.feature_order) != Z_FEATURES:
+            raise ValueError(f"feature_order must be {', '.join(Z_FEATURES)}")
+        if k < 2 or sorted(self.numbers) != cluster_numbers(k) or len(self.labels) != k:
+            raise ValueError(f"{k} centroids need numbers {cluster_numbers(k)} and as many labels")
+        if self.bounds is not None and set(self.bounds) != {"low", "high"}:
+            raise ValueError("bounds must have low and high")
+        return self
 
 
 def make_model(fit: Fit, margin: float, bounds: Bounds, **where: Any) -> Model:
@@ -402,7 +433,7 @@ def read_models(path: Path) -> dict[str, Model]:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not a model.json; take the one that `run cluster` wrote") from None
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{path}: holds no model; take the model.json of a run")
     models = [Model.from_json(entry, str(path)) for entry in entries]
-    if not models:
-        raise ClusterlobError(f"{path}: holds no model")
     return {model.symbol: model for model in models}

@@ -38,12 +38,16 @@ _UNITS_US = {
 }
 
 
+MAX_DURATION_US = 366 * US_PER_DAY
+
+
 def parse_duration(value: object) -> int:
     """Microseconds of a duration such as `10s`, `5m`, `72h`, `1d`; raises ValueError otherwise."""
-    match = re.fullmatch(r"(\d+)(us|ms|s|m|h|d)", str(value).strip())
-    if match is None or int(match[1]) == 0:
-        raise ValueError("must be a positive duration such as 10s, 5m, 72h or 1d")
-    return int(match[1]) * _UNITS_US[match[2]]
+    match = re.fullmatch(r"(\d{1,18})(us|ms|s|m|h|d)", str(value).strip())
+    us = int(match[1]) * _UNITS_US[match[2]] if match else 0
+    if not 0 < us <= MAX_DURATION_US:
+        raise ValueError("must be a positive duration such as 10s, 5m, 72h or 1d, at most 366d")
+    return us
 
 
 def format_duration(us: int) -> str:
@@ -53,6 +57,11 @@ def format_duration(us: int) -> str:
 
 
 Duration = Annotated[int, BeforeValidator(parse_duration), PlainSerializer(format_duration, return_type=str)]
+
+
+def _require_bars(field: str, width: int) -> None:
+    if width < US_PER_SECOND or US_PER_DAY % width:
+        raise ValueError(f"{field} = {format_duration(width)}: must divide a UTC day and be at least 1s")
 
 
 class RunConfig(BaseModel):
@@ -136,8 +145,7 @@ class ClusterConfig(RunConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if US_PER_DAY % self.bucket:
-            raise ValueError(f"bucket = {format_duration(self.bucket)}: must divide a UTC day")
+        _require_bars("bucket", self.bucket)
         if not self.horizons or len(set(self.horizons)) != len(self.horizons):
             raise ValueError(f"horizons = {self.horizons}: give one or more, each once")
         if self.winsorize and not 0 <= self.winsorize[0] < self.winsorize[1] <= 1:
@@ -146,6 +154,11 @@ class ClusterConfig(RunConfig):
             raise ValueError(
                 f"step_days = {self.step_days}: must be at least test_days = {self.test_days}, "
                 "or a bucket would be tested twice"
+            )
+        if self.train_days is not None and self.purge_us >= self.train_days * US_PER_DAY:
+            raise ValueError(
+                f"train_days = {self.train_days}: the purge of {format_duration(self.purge_us)} leaves no "
+                "training day; train longer or shorten purge"
             )
         longest = max(self.horizons)
         if self.purge is not None and self.purge < longest:
@@ -213,8 +226,7 @@ class FlowConfig(RunConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if US_PER_DAY % self.bar:
-            raise ValueError(f"bar = {format_duration(self.bar)}: must divide a UTC day")
+        _require_bars("bar", self.bar)
         if not self.horizons or len(set(self.horizons)) != len(self.horizons):
             raise ValueError(f"horizons = {self.horizons}: give one or more, each once")
         for _, large, small in self.settings:
@@ -244,7 +256,10 @@ def make_config(
         key, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set {setting}: must be key=value")
-        values[key.strip()] = yaml.safe_load(text)
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {setting}: {text!r} is not a YAML value") from None
     try:
         return kind(**values)
     except ValidationError as error:
@@ -272,6 +287,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold keys and values, found a {type(values).__name__}")
+    if not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path}: every key must be text, such as `k: 3`")
     return values
 
 

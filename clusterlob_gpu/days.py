@@ -27,8 +27,8 @@ from clusterlob_gpu.lake.native import SymbolLake
 from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES, Context
 from clusterlob_gpu.store import Store, array_hash, artefact_key, load_column, save_columns, source_hash
 
-CONTEXT_CODE = source_hash([kernels, context, native, symbols, layout, schema])
-FEATURE_CODE = source_hash([kernels, context, features, native, symbols, layout, schema])
+CONTEXT_CODE = source_hash(__file__, [kernels, context, native, symbols, layout, schema])
+FEATURE_CODE = source_hash(__file__, [kernels, context, features, native, symbols, layout, schema])
 
 _TAIL_ROWS = 20_000
 """Trades read at first for the tail of a day; all of them if these do not suffice."""

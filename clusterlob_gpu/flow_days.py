@@ -22,7 +22,7 @@ from clusterlob_gpu.schema import SIDE_SELL
 from clusterlob_gpu.store import Store, artefact_key, load_column, save_columns, source_hash
 from clusterlob_gpu.thresholds import NEVER_LARGE, NEVER_SMALL, Cuts, Sizes, ThresholdRule
 
-FLOW_CODE = source_hash([flow_kernels, flow_bars, thresholds, native, symbols, layout, schema])
+FLOW_CODE = source_hash(__file__, [flow_kernels, flow_bars, thresholds, native, symbols, layout, schema])
 
 FlowDay = DayJob[FlowConfig]
 

@@ -26,9 +26,9 @@ from clusterlob_gpu.errors import InputError
 _RECORD = "record.json"
 
 
-def source_hash(modules: Iterable[ModuleType]) -> str:
-    """Hash of the modules' source: the code version of a stage."""
-    digest = hashlib.sha256()
+def source_hash(caller: str, modules: Iterable[ModuleType]) -> str:
+    """Hash of the source of a file and of modules: the code version of the stages that use them."""
+    digest = hashlib.sha256(Path(caller).read_bytes())
     for module in modules:
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
@@ -117,6 +117,9 @@ class RunDirectory:
 
     def __init__(self, out: Path) -> None:
         self.out = Path(out).absolute()
+        above = next(folder for folder in self.out.parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise InputError(f"--out {self.out}: {above} is not a folder that can be written to")
         if (
             self.out.exists()
             and not (self.out / "run.json").exists()
@@ -143,18 +146,25 @@ class RunDirectory:
     def publish(self) -> None:
         """Put the finished directory in place of whatever run stood there."""
         old = self.out.with_name(f".{self.out.name}.{uuid.uuid4().hex[:8]}.old")
-        if self.out.exists():
-            os.rename(self.out, old)
-        os.rename(self.work, self.out)
+        with _logs_lock(self.out.parent):
+            if self.out.exists():
+                os.rename(self.out, old)
+            os.rename(self.work, self.out)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _logs_lock(out_root: Path) -> FileLock:
+    """Lock of everything that runs with one out root share: the ledger, the moment of publishing."""
+    folder = Path(out_root) / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / ".runs.lock")
 
 
 def append_ledger(out_root: Path, line: dict[str, Any]) -> None:
     """Append one line to logs/runs.jsonl in one write, under a lock, and flush it to disk."""
-    folder = Path(out_root) / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(line, default=str) + "\n"
-    with FileLock(folder / ".runs.lock"), (folder / "runs.jsonl").open("a") as file:
+    lock = _logs_lock(out_root)
+    with lock, (Path(out_root) / "logs" / "runs.jsonl").open("a") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

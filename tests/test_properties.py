@@ -137,6 +137,7 @@ def _write_model(folder: Path, config: ClusterConfig) -> Path:
         "bounds": None,
         "train_days": [],
         "features": config.model_dump(mode="json", include=set(pipeline.cluster.FEATURE_KEYS)),
+        "fitted": config.model_dump(mode="json", include=set(pipeline.cluster.FIT_KEYS)),
         "margin": 0.0,
         "fit": {"inertia": 0.0, "passes": 0, "converged": True, "counts": [0, 0, 0], "rows": 0},
         "feature_order": Z_NAMES,

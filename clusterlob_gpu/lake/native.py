@@ -90,7 +90,7 @@ class SymbolLake:
 
     @cached_property
     def _symbol_key(self) -> str:
-        return self.symbol.rows.to_json()
+        return str(self.symbol.rows.to_csv())
 
     def _parts(self, table: str, day: date) -> list[_Part]:
         folder = partition_dir(self.root, table, self.symbol.exchange, day)
@@ -223,6 +223,12 @@ class SymbolLake:
             kind = _UNITS.get(name)
             if kind is not None:
                 missing = values == kernels.NO_LEVEL
+                largest = float(np.abs(np.where(missing, 0, values)).max(initial=0)) * scales[kind].max()
+                if largest >= 2.0**62:
+                    raise LakeError(
+                        f"{path}: {name} reaches {largest:.3g} in the symbol's finest unit, beyond 2^62; "
+                        "coarsen the increments in dim_symbol"
+                    )
                 chunk[name] = np.where(missing, values, values * scales[kind])
         return chunk
 

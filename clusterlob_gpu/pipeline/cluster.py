@@ -14,6 +14,7 @@ import pandas as pd
 from clusterlob_gpu import bars, clustering, days, evaluation, features, returns
 from clusterlob_gpu.clustering import Bounds, Fit, Model
 from clusterlob_gpu.config import ClusterConfig, format_duration
+from clusterlob_gpu.context import BookCarry
 from clusterlob_gpu.days import FeatureDay, LabelJob, LabelledDay, State, TrainDay, next_day, previous_day
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.lake.layout import day_of_us, day_start_us
@@ -38,6 +39,9 @@ FEATURE_KEYS = ("book", "depth", "window", "same_side", "spread", "asof", "max_s
 """Config fields on which the features depend; a model may only label days made with the same ones."""
 
 
+FIT_KEYS = ("k", "seed", "n_init", "engine", "margin", "winsorize")
+"""Config fields on which a fit depends besides; a model brings them along."""
+
 ClusterRequest = RunRequest[ClusterConfig]
 
 
@@ -59,6 +63,11 @@ class ClusterRun(SymbolRun):
     states: dict[date, State] = field(default_factory=dict)
     features: dict[date, FeatureDay] = field(default_factory=dict)
     models: list[Model] = field(default_factory=list)
+    labelled: int = 0
+    """Trades that a model has labelled."""
+    unfitted: list[Window] = field(default_factory=list)
+    """Windows of the walk-forward whose training days have too few trades."""
+    tails: dict[tuple[date, BookCarry | None], np.ndarray] = field(default_factory=dict)
 
 
 def check_request(request: ClusterRequest) -> list[ClusterRun]:
@@ -137,15 +146,24 @@ def _run_symbol(
     for window in windows(request):
         with clock.stage("fit"):
             model = _window_model(run, request, window, workers)
+        if model is None:
+            run.unfitted.append(window)
+            continue
         previous = run.models[-1] if run.models else None
         run.models.append(model)
         with clock.stage("label"):
             labelled = _label(run, request, window, directory, workers)
+        run.labelled += sum(int(day.counts.sum()) for day in labelled)
         flows.append(_window_flow(run, request, window, labelled))
         markouts += [day.markouts for day in labelled]
         table = _centroids(model, previous, labelled, request)
         centroids.append(table.assign(symbol=run.name, window_id=np.int32(window.id)))
         fits.append({"symbol": run.name, "window_id": np.int32(window.id)} | _fit_row(model, window))
+    if not flows:
+        raise InputError(
+            f"k = {request.config.k}: no window of {run.name} has that many trades with features; see the "
+            "drop counts, and use a shorter window, a shorter purge or more days"
+        )
     with clock.stage("returns"):
         buckets = pd.concat(flows, ignore_index=True)
         buckets = buckets.merge(_returns(run, request, buckets, workers), on="bucket_ts", how="left")
@@ -153,8 +171,8 @@ def _run_symbol(
         tables = {
             "centroids": _front(pd.concat(centroids, ignore_index=True), ["symbol", "window_id"]),
             "buckets": _front(buckets, ["symbol", "window_id"]),
-            "markouts": _markouts(run, request, markouts),
         }
+        tables["markouts"] = _markouts(request, markouts, tables["centroids"])
     if request.config.train_days is not None and request.models is None:
         tables["windows"] = _front(pd.DataFrame(fits), ["symbol", "window_id"])
     return tables
@@ -187,8 +205,12 @@ def _prepare_states(run: ClusterRun, request: ClusterRequest, workers: Workers) 
 def _carry_tails(run: ClusterRun, request: ClusterRequest, chain: list[date], workers: Workers) -> None:
     """State at the start of every day of a chain, from the tails of the days before that have trades."""
     traded = [day for day in chain[:-1] if run.lake.has("trades", day)]
-    tasks = [(run.job(request, day), run.books.get(day), run.carries.get(day)) for day in traded]
-    own = dict(zip(traded, workers.map("tails", days.own_tail, tasks), strict=True))
+    run.trade_days |= set(traded)
+    unknown = [day for day in traded if (day, run.carries.get(day)) not in run.tails]
+    tasks = [(run.job(request, day), run.books.get(day), run.carries.get(day)) for day in unknown]
+    for day, found in zip(unknown, workers.map("tails", days.own_tail, tasks), strict=True):
+        run.tails[day, run.carries.get(day)] = found
+    own = {day: run.tails[day, run.carries.get(day)] for day in traded}
     nothing = np.empty((len(FEATURES), 0))
     window = request.config.window
     tail, run.states = nothing, {}
@@ -210,12 +232,15 @@ def _settled(run: ClusterRun, config: ClusterConfig, earliest: date, first: date
 
 def _make_features(run: ClusterRun, request: ClusterRequest, workers: Workers) -> None:
     tasks = [(run.job(request, day), run.books[day], run.states[day]) for day in run.wanted]
+    run.trade_days |= set(run.wanted)
     made = workers.map("features", days.make_features, tasks)
     run.features = {day.day: day for day in made}
 
 
-def _window_model(run: ClusterRun, request: ClusterRequest, window: Window, workers: Workers) -> Model:
-    """The model that labels a window: the given one, or one fitted on its training days."""
+def _window_model(run: ClusterRun, request: ClusterRequest, window: Window, workers: Workers) -> Model | None:
+    """The model that labels a window: the given one, or one fitted on its training days; None where a
+    walk-forward window has fewer training rows than clusters.
+    """
     config = request.config
     if request.models is not None:
         return request.models[run.name]
@@ -224,7 +249,16 @@ def _window_model(run: ClusterRun, request: ClusterRequest, window: Window, work
         for day in window.train
         if day in run.features
     ]
-    fit, bounds = _fit(train, config, workers)
+    counts = workers.map("count", days.train_rows, train) if train else []
+    if sum(counts) < config.k:
+        if config.train_days is not None:
+            return None
+        found = sum(run.features[day].trades for day in run.features)
+        raise InputError(
+            f"k = {config.k}: {sum(counts)} of {found} trades of the training days have features; "
+            "use a shorter window, or see the drop counts with more days"
+        )
+    fit, bounds = _fit(train, sum(counts), config, workers)
     return clustering.make_model(
         fit,
         config.margin,
@@ -233,19 +267,12 @@ def _window_model(run: ClusterRun, request: ClusterRequest, window: Window, work
         exchange=request.exchange,
         train_days=[str(day.features.day) for day in train],
         features=config.model_dump(mode="json", include=set(FEATURE_KEYS)),
+        fitted=config.model_dump(mode="json", include=set(FIT_KEYS)),
     )
 
 
-def _fit(train: list[TrainDay], config: ClusterConfig, workers: Workers) -> tuple[Fit, Bounds]:
-    """Bounds, starting centres from a seeded sample, and the fit on all training rows."""
-    counts = workers.map("count", days.train_rows, train) if train else []
-    total = sum(counts)
-    if total < config.k:
-        found = sum(day.features.trades for day in train)
-        raise InputError(
-            f"k = {config.k}: {total} of {found} trades of the training days have features; "
-            "use a shorter window, or see the drop counts with more days"
-        )
+def _fit(train: list[TrainDay], total: int, config: ClusterConfig, workers: Workers) -> tuple[Fit, Bounds]:
+    """Bounds, starting centres from a seeded sample, and the fit on all `total` training rows."""
     bounds = _bounds(train, config, workers)
     samples = workers.map("sample", days.sample_day, [(day, total, config.seed) for day in train])
     sample = bounds.clip(np.concatenate(samples, axis=1))
@@ -373,9 +400,29 @@ def _evaluate(request: ClusterRequest, buckets: pd.DataFrame, centroids: pd.Data
     """IC of every cluster's flow, and of all flow, against every target, corrected over the whole run."""
     config = request.config
     table = evaluation.cluster_ic(buckets, _targets(config), width_us=config.bucket, seed=config.seed)
-    last = centroids.drop_duplicates(["symbol", "cluster"], keep="last")[["symbol", "cluster", "label"]]
-    table = table.merge(last, on=["symbol", "cluster"], how="left").fillna({"label": "all"})
+    pooled = _pooled(centroids).drop(columns="label_other")
+    table = table.merge(pooled, on=["symbol", "cluster"], how="left").fillna({"label": "all"})
+    # Beyond the named roles a number may stand for other trades in every window.
+    table.loc[table.pop("mixed").eq(True), "verdict"] = "mixed"
     return _front(table.assign(sample=_sample(request)), ["symbol", "sample", "cluster", "label"])
+
+
+def _pooled(centroids: pd.DataFrame) -> pd.DataFrame:
+    """What each cluster number was over all windows: label, label_other, and whether its trades changed.
+
+    A label that held in some windows only reads "directional in 2 of 4 windows".  `mixed`: a cluster
+    beyond the named roles that the Hungarian matching, somewhere, matched with another number.
+    """
+
+    def common(labels: pd.Series) -> str:
+        counts = labels.value_counts()
+        name, held = counts.index[0], counts.iloc[0]
+        return str(name) if held == len(labels) else f"{name} in {held} of {len(labels)} windows"
+
+    groups = centroids.groupby(["symbol", "cluster"], sort=True)
+    table = groups[["label", "label_other"]].agg(common).reset_index()
+    changed = groups["agrees"].agg(lambda agrees: bool(agrees.eq(False).any())).to_numpy(bool)
+    return table.assign(mixed=changed & (table["cluster"] > clustering.DIRECTIONAL))
 
 
 def _targets(config: ClusterConfig) -> list[evaluation.Target]:
@@ -389,23 +436,19 @@ def _targets(config: ClusterConfig) -> list[evaluation.Target]:
     ]
 
 
-def _markouts(run: ClusterRun, request: ClusterRequest, tables: list[pd.DataFrame]) -> pd.DataFrame:
-    model = run.models[-1]
+def _markouts(request: ClusterRequest, tables: list[pd.DataFrame], centroids: pd.DataFrame) -> pd.DataFrame:
     table = evaluation.markout_table(pd.concat(tables, ignore_index=True), width_us=request.config.bucket)
-    other = clustering.names_other_side(model.centroids, model.margin)
-    names = pd.DataFrame({"cluster": model.numbers, "label": model.labels, "label_other": other})
-    table = table.merge(names.astype({"cluster": table["cluster"].dtype}), on="cluster", how="left")
-    return _front(table.assign(symbol=run.name), ["symbol", "cluster", "label", "label_other"])
+    names = _pooled(centroids).drop(columns="mixed")
+    names = names.astype({"cluster": table["cluster"].dtype})
+    return _front(table.merge(names, on="cluster", how="left"), ["symbol", "cluster", "label", "label_other"])
 
 
 def _sample(request: ClusterRequest) -> str:
-    """Whether the labelled days were trained on."""
-    config = request.config
+    """Whether a model has seen the days that it labels, or days after them."""
     if request.models is None:
-        return "in_sample" if config.train_days is None else "out_of_sample"
-    asked = {str(day) for day in days_between(request.start, request.end)}
-    trained = any(asked & set(model.train_days) for model in request.models.values())
-    return "in_sample" if trained else "out_of_sample"
+        return "in_sample" if request.config.train_days is None else "out_of_sample"
+    known = [date.fromisoformat(day) for model in request.models.values() for day in model.train_days]
+    return "in_sample" if max(known, default=date.min) >= request.start else "out_of_sample"
 
 
 def _row_counts(run: ClusterRun) -> dict[str, Any]:
@@ -415,6 +458,7 @@ def _row_counts(run: ClusterRun) -> dict[str, Any]:
     return {
         "trades": sum(day.trades for day in made),
         "kept": sum(day.kept for day in made),
+        "labelled": run.labelled,
         "dropped": added([day.dropped for day in made]),
         "book_rows": sum(book.rows for book in books) + sum(sum(book.skipped.values()) for book in books),
         "book_skipped": added([book.skipped for book in books]),
@@ -423,13 +467,28 @@ def _row_counts(run: ClusterRun) -> dict[str, Any]:
 
 
 def _notes(request: ClusterRequest, runs: Sequence[ClusterRun]) -> list[str]:
+    config = request.config
     notes = missing_notes(runs)
     for run in runs:
         slow = [str(i) for i, model in enumerate(run.models) if not model.fit.get("converged", True)]
         if slow:
             notes.append(f"{run.name}: the fit of window {', '.join(slow)} stopped before it converged")
-    if request.config.asof == "inclusive":
+        for window in run.unfitted:
+            days_ = f"{window.test[0]} to {window.test[-1]}"
+            notes.append(f"{run.name}: too few trades to fit window {window.id}; {days_} is not tested")
+    tested = {day for window in windows(request) for day in window.test}
+    left = [day for day in request.days if day not in tested]
+    if config.train_days is not None and request.models is None:
+        left = left[config.train_days :]
+        if left:
+            notes.append(f"{', '.join(map(str, left))}: no whole test window is left for these days")
+    if config.asof == "inclusive":
         notes.append("asof = inclusive lets a trade see the book it has moved: a leak, for comparison only")
+    for name, model in (request.models or {}).items():
+        if model.train_days and max(model.train_days) > str(request.end):
+            notes.append(
+                f"{name}: the model was trained on days after the labelled ones: it knows their future"
+            )
     return notes
 
 
@@ -448,18 +507,31 @@ def label(request: ClusterRequest, workers: Workers) -> Path:
 
     Raises InputError naming the symbol without a model, or the field in which the two differ.
     """
-    assert request.models is not None
-    kept = request.config
-    for name in request.symbols:
-        if name not in request.models:
-            known = ", ".join(request.models)
-            raise InputError(f"--model: no model of {name}; the file has {known}")
-        model = request.models[name]
-        mine = kept.model_dump(mode="json", include=set(FEATURE_KEYS))
-        for key, value in model.features.items():
-            if mine.get(key) != value:
-                raise InputError(
-                    f"{key} = {mine.get(key)!r}: the model of {name} was fitted with {value!r}; use that"
-                )
-    fields = {name: request.models[name] for name in request.symbols}
-    return run_cluster(replace(request, models=fields), workers)
+    models = {name: _model_for(request, name) for name in request.symbols}
+    settled = request.config.model_copy(update=_fitted_settings(request, list(models.values())))
+    return run_cluster(replace(request, models=models, config=settled), workers)
+
+
+def _model_for(request: ClusterRequest, name: str) -> Model:
+    models = request.models or {}
+    if name not in models:
+        raise InputError(f"--model: no model of {name}; the file has {', '.join(models)}")
+    model = models[name]
+    if model.exchange != request.exchange:
+        raise InputError(f"--exchange {request.exchange}: the model of {name} is of {model.exchange}")
+    mine = request.config.model_dump(mode="json", include=set(FEATURE_KEYS))
+    for key, value in model.features.items():
+        if mine.get(key) != value:
+            raise InputError(
+                f"{key} = {mine.get(key)!r}: the model of {name} was fitted with {value!r}; use that"
+            )
+    return model
+
+
+def _fitted_settings(request: ClusterRequest, models: Sequence[Model]) -> dict[str, Any]:
+    """The settings of the fit, which a model brings along; one that was given must not contradict."""
+    settled = request.config.model_fields_set & set(FIT_KEYS)
+    if settled:
+        raise InputError(f"{min(settled)}: is the model's own when labelling; leave it out")
+    fitted = ClusterConfig(**{**request.config.resolved(), **models[0].fitted})
+    return {name: getattr(fitted, name) for name in FIT_KEYS}

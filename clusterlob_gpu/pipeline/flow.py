@@ -122,6 +122,7 @@ def _bar_table(run: FlowRun, request: FlowRequest, unit: str, workers: Workers) 
     asked = days_between(min(earliest, sized_from), last)
     held = [day for day in asked if run.lake.has("trades", day)]
     tasks = [(run.job(request, day), unit) for day in held]
+    run.trade_days |= set(held)
     made = workers.map("trades", flow_days.reduce_trades, tasks)
     trades = run.trades[unit] = {day.day: day for day in made}
     jobs = []

@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from importlib import metadata
@@ -60,8 +60,10 @@ class RunRequest(Generic[Config]):
 
     @property
     def hash(self) -> str:
-        """Hash of what was asked for: config, symbols and range."""
+        """Hash of what was asked for: config, symbols, range and given models."""
         asked = {"exchange": self.exchange, "symbols": self.symbols, "start": self.start, "end": self.end}
+        if self.models is not None:
+            asked["models"] = {name: model.as_json() for name, model in self.models.items()}
         return config_hash({"config": self.config.resolved()} | asked)
 
 
@@ -76,6 +78,8 @@ class SymbolRun:
     books: dict[date, BookDay] = field(default_factory=dict)
     carries: dict[date, BookCarry | None] = field(default_factory=dict)
     """Book state at the start of each day."""
+    trade_days: set[date] = field(default_factory=set)
+    """Days whose trades the run has read."""
 
     @property
     def name(self) -> str:
@@ -123,8 +127,9 @@ def check_range(request: RunRequest[RunConfig]) -> list[SymbolRun]:
     """The symbols and days of a request, checked against the lake.
 
     Raises LakeError naming the first day without trades or book (unless on_bad_day is skip) and
-    InputError where the range is empty.
+    InputError where the range is empty or the output cannot be written.
     """
+    RunDirectory(request.out)
     if request.end < request.start:
         raise InputError(f"--end {request.end} lies before --start {request.start}")
     repeated = [name for name in request.symbols if request.symbols.count(name) > 1]
@@ -187,9 +192,11 @@ def execute(
                     report.render_run(directory.work)
             directory.write_run(summary | {"timings": clock.stages, "seconds": clock.seconds})
             directory.publish()
-    except Exception as error:
-        failed = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-        _record(request, experiment, clock, failed)
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        with suppress(OSError):  # a full disk must not hide what went wrong first
+            problem = f"{type(error).__name__}: {error}"
+            _record(request, experiment, clock, {"status": status, "error": problem})
         raise
     rows = {name: counts["kept"] for name, counts in outcome.summary["rows"].items()}
     _record(request, experiment, clock, {"status": "done", "headline": outcome.headline, "rows": rows})
@@ -232,9 +239,9 @@ def _versions() -> dict[str, str]:
 
 
 def _fingerprint(run: SymbolRun, request: RunRequest[RunConfig]) -> str:
-    """Hash of the lake files that the range was read from."""
-    tables = ("trades", request.config.book)
-    return config_hash({f"{t} {d}": run.lake.fingerprint(t, d) for t in tables for d in run.wanted})
+    """Hash of all lake files that the run has read, those of the days around the range included."""
+    read = {"trades": run.trade_days, request.config.book: set(run.books)}
+    return config_hash({f"{t} {d}": run.lake.fingerprint(t, d) for t, days_ in read.items() for d in days_})
 
 
 def missing_notes(runs: Sequence[SymbolRun]) -> list[str]:
