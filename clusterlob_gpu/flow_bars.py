@@ -15,17 +15,12 @@ from fractions import Fraction
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from clusterlob_gpu import flow_kernels
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.errors import LakeError
 from clusterlob_gpu.schema import US_PER_DAY, US_PER_SECOND, Trades
 from clusterlob_gpu.thresholds import NEVER_LARGE, NEVER_SMALL
-
-NO_ID = -1
-"""A trade id that is not a number."""
 
 FACTORS = (
     "flow_imbalance_large",
@@ -95,22 +90,13 @@ def trade_takers(trades: Trades) -> Takers:
     return Takers(trades.ts, trades.side, trades.price * trades.qty)
 
 
-def numeric_ids(trade_id: pa.ChunkedArray) -> np.ndarray:
-    """Trade ids (string) as int64; NO_ID for one that is not a plain decimal number of 1 to 18 digits."""
-    short = pc.less_equal(pc.binary_length(trade_id), 18)
-    plain = pc.and_(short, pc.and_(pc.string_is_ascii(trade_id), pc.utf8_is_decimal(trade_id)))
-    if not pc.all(pc.fill_null(plain, False)).as_py():
-        trade_id = pc.if_else(pc.fill_null(plain, False), trade_id, str(NO_ID))
-    return trade_id.cast(pa.int64()).to_numpy()
-
-
 def order_takers(
     trades: Trades, ts_exch: np.ndarray, trade_id: np.ndarray, *, start: int, width: int
 ) -> Takers:
     """Taker orders rebuilt from their fills, `trades` in the lake's order with exchange times and ids.
 
     Neighbouring fills are one order if they have one exchange time, one known side, and ids that
-    count up by one (`numeric_ids`); its time is that of its last fill.  A fill whose id is not a number,
+    count up by one (`Fills`); its time is that of its last fill.  A fill whose id is not a number,
     or whose side is not known, is an order of its own.  An order ends with its bar: of a sweep whose
     receipt straddles the end of a bar, each bar holds its part as an order, since at the end of the
     first the rest was not known.  So no order reaches over midnight either, and days need nothing of

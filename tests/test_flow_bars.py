@@ -27,19 +27,18 @@ from clusterlob_gpu.flow_bars import (
     BAR_COLUMNS,
     CLASS_COLUMNS,
     FACTORS,
-    NO_ID,
     Takers,
     bar_table,
     day_bars,
     day_classes,
     empty_bar_table,
     large_set,
-    numeric_ids,
     order_takers,
     rolled_columns,
     trade_takers,
 )
-from clusterlob_gpu.schema import Trades
+from clusterlob_gpu.lake.native import numeric_ids
+from clusterlob_gpu.schema import NO_ID, Trades
 from clusterlob_gpu.thresholds import NEVER_LARGE, NEVER_SMALL, ThresholdRule, day_cuts, day_sizes
 
 HOUR = DAY // 24

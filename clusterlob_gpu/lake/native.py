@@ -337,13 +337,13 @@ def _read(path: Path, groups: list[int], columns: list[str]) -> pa.Table:
 def _column(column: pa.ChunkedArray, path: Path, name: str) -> np.ndarray:
     """A flat column as NumPy: trade ids as numbers, floats with NaN for null, integers as int64."""
     if name == "trade_id":
-        return _numeric_ids(column)
+        return numeric_ids(column)
     if pa.types.is_floating(column.type):
         return column.to_numpy().astype(np.float64, copy=False)
     return _int_column(column, path, name)
 
 
-def _numeric_ids(ids: pa.ChunkedArray) -> np.ndarray:
+def numeric_ids(ids: pa.ChunkedArray) -> np.ndarray:
     """Trade ids as int64; NO_ID for one that is not a plain decimal number of 1 to 18 digits."""
     short = pc.less_equal(pc.binary_length(ids), 18)
     plain = pc.fill_null(pc.and_(short, pc.and_(pc.string_is_ascii(ids), pc.utf8_is_decimal(ids))), False)

@@ -156,7 +156,8 @@ def _reduce_books(run: SymbolRun, request: FlowRequest, workers: Workers) -> Non
 def _states(run: SymbolRun, request: FlowRequest, starts: np.ndarray, workers: Workers) -> pd.DataFrame:
     """Book and ticker states by time, at every time at which bars need a price or a state."""
     config = request.config
-    times = np.union1d(controls.price_times(starts, config.bar, config.horizons), starts)
+    prices = controls.price_times(starts, config.bar, config.horizons)
+    times = np.union1d(prices, controls.state_times(starts, config.bar))
     deciding = returns.day_before(times)
     books: list[tuple[Any, ...]] = []
     tickers: list[tuple[Any, ...]] = []
