@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from clusterlob_gpu import clustering
 from clusterlob_gpu.clustering import Bounds, Fit, Model
-from clusterlob_gpu.errors import ClusterlobError, InputError
+from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.schema import FEATURES, Z_FEATURES
 
 quick = settings(max_examples=40, deadline=None)
@@ -51,7 +51,13 @@ def centroids_of(*rows: tuple[float, float, float]) -> np.ndarray:
 def model_of(centroids: np.ndarray, **more: Any) -> Model:
     counts = np.arange(1, len(centroids) + 1)
     fit = Fit(centroids, counts, 12.5, 4, True)
-    where = {"symbol": "A", "exchange": "x", "train_days": ["2024-05-01"], "features": {"window": 100}}
+    where = {
+        "symbol": "A",
+        "exchange": "x",
+        "train_days": ["2024-05-01"],
+        "features": {"window": 100},
+        "fitted": {"k": len(centroids)},
+    }
     return clustering.make_model(fit, 0.0, more.pop("bounds", Bounds.none()), **(where | more))
 
 
@@ -368,19 +374,28 @@ def without(name: str) -> dict[str, Any]:
     return {key: value for key, value in entry().items() if key != name}
 
 
-BROKEN = {
+BROKEN: dict[str, tuple[Any, str]] = {
     "not json": ("{", "not a model.json"),
     "no models": ('{"version": 1}', "not a model.json"),
     "a list": ("[1]", "not a model.json"),
-    "no centroids": ([without("centroids")], "not a model: 'centroids'"),
-    "no bounds": ([without("bounds")], "not a model: 'bounds'"),
-    "no symbol": ([without("symbol")], "not a model of this version"),
-    "unknown field": ([entry(colour="red")], "not a model of this version.*colour"),
-    "ragged centroids": ([entry(centroids=[[1.0] * 6, [1.0] * 5])], "not a model"),
-    "five features": ([entry(centroids=[[1.0] * 5] * 3)], "centroids must be k x 6 in the order"),
-    "other order": ([entry(feature_order=list(Z_FEATURES[::-1]))], "centroids must be k x 6"),
-    "not finite": ([entry(centroids=[[math.nan] * 6] * 3)], "not finite"),
+    "models a number": (5, "holds no model"),
     "no model": ([], "holds no model"),
+    "a model a number": ([5], "model: "),
+    "no centroids": ([without("centroids")], "centroids: Field required"),
+    "no bounds": ([without("bounds")], "bounds: Field required"),
+    "no symbol": ([without("symbol")], "symbol: Field required"),
+    "unknown field": ([entry(colour="red")], "colour: "),
+    "ragged centroids": ([entry(centroids=[[1.0] * 6, [1.0] * 5])], "centroids.1: "),
+    "five features": ([entry(centroids=[[1.0] * 5] * 3)], "centroids.0: "),
+    "words for centroids": ([entry(centroids={"a": 1})], "centroids: "),
+    "not finite": ([entry(centroids=[[math.nan] * 6] * 3)], "centroids.0.0: .*finite"),
+    "other order": ([entry(feature_order=list(Z_FEATURES[::-1]))], "feature_order must be z_v_rel, "),
+    "no upper bounds": ([entry(bounds={"low": [0.0] * 6})], "bounds must have low and high"),
+    "three bounds": ([entry(bounds={"low": [0.0] * 3, "high": [1.0] * 3})], "bounds.low: "),
+    "two numbers": ([entry(numbers=[0, 1])], r"3 centroids need numbers \[0, 1, 2\]"),
+    "number twice": ([entry(numbers=[0, 1, 1])], r"3 centroids need numbers \[0, 1, 2\]"),
+    "one label": ([entry(labels=["passive"])], "as many labels"),
+    "features a list": ([entry(features=[1])], "features: "),
 }
 
 
@@ -389,7 +404,7 @@ def test_read_models__broken_file_is_named(tmp_path: Path, name: str) -> None:
     content, message = BROKEN[name]
     path = tmp_path / "model.json"
     path.write_text(content if isinstance(content, str) else json.dumps({"version": 1, "models": content}))
-    with pytest.raises(ClusterlobError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         clustering.read_models(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)

@@ -60,7 +60,7 @@ BAD: dict[str, list[Any]] = {
     "engine": ["gpu"],
     "margin": [-0.1, float("nan"), "wide"],
     "winsorize": [[0.9, 0.1], [0.5, 0.5], [-0.1, 0.9], [0.1, 1.1], [0.1], 0.1],
-    "bucket": ["7m", "25h", "0m", 300],
+    "bucket": ["7m", "25h", "100ms", "0m", 300],
     "horizons": [[], ["5m", "5m"], ["60m", "1h"], ["soon"], "5m"],
     "keep_trades": ["perhaps", 2],
     "train_days": [0, "week"],
@@ -89,6 +89,12 @@ def test_consistency__windows_may_not_overlap() -> None:
     with pytest.raises(ConfigError, match="step_days = 1: must be at least test_days = 2"):
         make_config({"train_days": 7, "test_days": 2})
     assert make_config({"test_days": 2}).test_days == 2
+
+
+def test_consistency__the_purge_leaves_something_to_train_on() -> None:
+    with pytest.raises(ConfigError, match="train_days = 1: the purge of 1d leaves no training day"):
+        make_config({"train_days": 1, "purge": "24h"})
+    assert make_config({"train_days": 2, "purge": "24h"}).train_days == 2
 
 
 def test_unknown_key__tells_the_known_ones() -> None:
@@ -181,6 +187,7 @@ def test_settings__are_yaml_and_win_over_the_file() -> None:
         ("k=", "k = None: "),
         ("=4", ": no such key"),
         ("k=many", "k = 'many': "),
+        ("horizons=[5m", r"--set horizons=\[5m: '\[5m' is not a YAML value"),
     ],
 )
 def test_settings__broken_one_is_named(setting: str, message: str) -> None:
@@ -195,6 +202,7 @@ def test_settings__broken_one_is_named(setting: str, message: str) -> None:
         (b"k: [\n", "not valid YAML"),
         (b"- k\n", "must hold keys and values, found a list"),
         (b"3\n", "must hold keys and values, found a int"),
+        (b"1: 2\n", "every key must be text"),
     ],
 )
 def test_read_yaml__broken_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:

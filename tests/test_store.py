@@ -39,8 +39,9 @@ def fill_with(text: str) -> Any:
 
 
 def content(root: Path) -> list[str]:
-    """Every file and folder below, hidden ones included."""
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+    """Every file and folder below, hidden ones included, but for the logs."""
+    found = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+    return [path for path in found if "logs" not in path]
 
 
 # ---- names ------------------------------------------------------------------------------------------
@@ -60,9 +61,10 @@ def test_array_hash__knows_shape_and_values() -> None:
     assert array_hash(np.asfortranarray(x.reshape(2, 3))) == array_hash(x.reshape(2, 3))
 
 
-def test_source_hash__depends_on_the_modules() -> None:
-    assert source_hash([kernels]) != source_hash([bars])
-    assert source_hash([kernels, bars]) == source_hash([kernels, bars])
+def test_source_hash__depends_on_file_and_modules() -> None:
+    files = {source_hash(__file__, [kernels]), source_hash(__file__, [bars])}
+    assert len(files | {source_hash(bars.__file__, [kernels])}) == 3
+    assert source_hash(__file__, [kernels]) in files
 
 
 # ---- artefacts --------------------------------------------------------------------------------------
@@ -210,6 +212,8 @@ def test_run_directory__refuses_what_is_no_run(tmp_path: Path) -> None:
     for out in (tmp_path, tmp_path / "notes.txt"):
         with pytest.raises(InputError, match="exists and is not a run; choose an empty or new directory"):
             RunDirectory(out)
+    with pytest.raises(InputError, match=r"notes\.txt is not a folder that can be written to"):
+        RunDirectory(tmp_path / "notes.txt" / "run")
     (tmp_path / "empty").mkdir()
     publish_run(tmp_path / "empty", 3)
     assert json.loads((tmp_path / "empty" / "run.json").read_text()) == {"mark": 3}
