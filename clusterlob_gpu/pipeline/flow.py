@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from clusterlob_gpu import controls, flow_bars, flow_days, flow_evaluation, returns
+from clusterlob_gpu import controls, evaluation, flow_bars, flow_days, flow_evaluation, returns
 from clusterlob_gpu.config import FlowConfig
 from clusterlob_gpu.days import BookDay, next_day, previous_day
 from clusterlob_gpu.errors import LakeError
@@ -37,6 +37,8 @@ from clusterlob_gpu.workers import Workers
 
 FlowRequest = RunRequest[FlowConfig]
 
+_SIZED = (flow_evaluation.LARGE, flow_evaluation.SMALL)
+
 _LOOKBACK = timedelta(days=-(-controls.LOOKBACK_US // US_PER_DAY))
 """Whole days before the range that its controls look at."""
 
@@ -58,6 +60,8 @@ def run_flow(request: FlowRequest, workers: Workers) -> Path:
         bars = pd.concat([_bars(run, request, markets, workers, clock) for run in runs], ignore_index=True)
         with clock.stage("evaluate"):
             tables = flow_evaluation.flow_tables(bars, _plan(request.config))
+            if request.config.variants:
+                tables["variants"] = _variant_ics(bars, request.config)
         summary = {
             "sample": "out_of_sample",
             "rows": {run.name: _row_counts(run, request) for run in runs},
@@ -77,6 +81,30 @@ def _plan(config: FlowConfig) -> flow_evaluation.FlowPlan:
         costs=Costs(fee_bps=config.fee_bps, slippage_bps=config.slippage_bps),
         seed=config.seed,
     )
+
+
+def _variant_ics(bars: pd.DataFrame, config: FlowConfig) -> pd.DataFrame:
+    """IC of large and small flow under every threshold setting, the main one first, against total flow.
+
+    `evaluation.ic_table` with symbol and setting in front; corrected over all of them.
+    """
+    total = flow_evaluation.TOTAL
+    columns = {(flow_days.variant_name(config.settings[0]), name): name for name in _SIZED}
+    for setting in config.variants:
+        label = flow_days.variant_name(setting)
+        columns |= {(label, name): f"{name}:{label}" for name in _SIZED}
+    signals = [evaluation.Signal(column, column, 1, total) for column in columns.values()]
+    signals.append(evaluation.Signal(total, total))
+    settings = dict(zip(columns.values(), columns, strict=True)) | {total: ("", total)}
+    plan, tables = _plan(config), []
+    for symbol, panel in bars.groupby("symbol", sort=True):
+        panel = panel.rename(columns={"bar_ts": "bucket_ts"})
+        table = evaluation.ic_table(panel, signals, plan.targets, width_us=config.bar, seed=config.seed)
+        table.insert(0, "setting", [settings[name][0] for name in table["signal"]])
+        table["signal"] = [settings[name][1] for name in table["signal"]]
+        table.insert(0, "symbol", symbol)
+        tables.append(table)
+    return evaluation.judge(pd.concat(tables, ignore_index=True))
 
 
 def _bars(
