@@ -27,7 +27,7 @@ from clusterlob_gpu.lake.increments import NotMultipleError, StepTracker, decima
 from clusterlob_gpu.lake.layout import PartitionWriter, day_of_us, day_start_us, file_stem, symbol_files
 from clusterlob_gpu.lake.manifest import FileKey, read_manifest
 from clusterlob_gpu.lake.runs import id_keys
-from clusterlob_gpu.lake.symbols import read_dim_symbol, split_assets, symbol_id
+from clusterlob_gpu.lake.symbols import read_dim_symbol, split_assets, symbol_id, write_dim_symbol
 from clusterlob_gpu.lake.tardis import IngestReport, ingest_tardis
 from clusterlob_gpu.schema import LAKE_TABLES, MAX_TS, TRADES, US_PER_DAY
 
@@ -671,7 +671,9 @@ def test_increments__finer_on_an_earlier_day_rescales_what_is_there(tmp_path):
     ingest_tardis(source, lake)
     put_prices(source, ["99.125", "101"])
     ingest_tardis(source, lake)
-    assert periods(lake) == [(0.001, 0.5, 0, MAX_TS)]
+    midnight = day_start_us(day_after(1))
+    # The tick of the trades holds until there is a book.
+    assert periods(lake) == [(0.001, 0.125, 0, midnight), (0.001, 0.5, midnight, MAX_TS)]
     assert read(lake).price_int.tolist() == [99125, 101000, 100500, 101000]
     assert decoded(lake, "bid_px_int", "price_increment", "quotes") == [Decimal("100.5"), 101]
     (path,) = (lake / "book_snapshot_25").rglob("*.parquet")
@@ -748,6 +750,202 @@ def test_round_trip__decimals_come_back_whatever_the_order_of_days(days, order):
         rows = read_dim_symbol(root / "lake")
         assert rows.valid_from_ts.tolist() == [0, *rows.valid_until_ts.tolist()[:-1]]
         assert rows.valid_until_ts.iloc[-1] == MAX_TS
+
+
+# ---- the same lake in any order ----------------------------------------------------------------------
+
+
+def test_order_of_days__tick_that_became_finer(tmp_path):
+    """Backwards a finer day is known first: the earlier one gets a period of its own."""
+    source = tmp_path / "src"
+    paths = [put_prices(source, ["100", "100.5", "101.5"]), put_prices(source, ["100.1", "100.2"], day=1)]
+    paths.append(put_prices(source, ["99", "99.5"], day=4))
+    midnight = day_start_us(day_after(1))
+    for number, order in enumerate([(0, 1, 2), (1, 0, 2), (2, 0, 1), (2, 1, 0)]):
+        lake = tmp_path / f"lake{number}"
+        for n in order:
+            ingest_tardis(paths[n], lake)
+        assert periods(lake) == [(0.1, 0.5, 0, midnight), (0.1, 0.1, midnight, MAX_TS)]
+        assert read(lake).price_int.tolist() == [1000, 1005, 1015, 1001, 1002, 990, 995]
+
+
+def test_order_of_days__coarser_day_before_keeps_its_own_increment(tmp_path):
+    source, lake = tmp_path / "src", tmp_path / "lake"
+    put_prices(source, ["100.25", "100.5"], day=1)
+    ingest_tardis(source, lake)
+    assert periods(lake) == [(0.01, 0.25, 0, MAX_TS)]
+    put_prices(source, ["98", "101"])
+    ingest_tardis(source, lake)
+    midnight = day_start_us(day_after(1))
+    assert periods(lake) == [(1.0, 1.0, 0, midnight), (0.01, 0.25, midnight, MAX_TS)]
+    assert read(lake).price_int.tolist() == [98, 101, 10025, 10050]
+
+
+def test_order_of_files__a_replaced_file_leaves_nothing_behind(tmp_path):
+    source, lake = tmp_path / "src", tmp_path / "lake"
+    put_prices(source, ["100.125", "101"])
+    put_prices(source, ["7", "9.5"], day=1)
+    put(
+        source,
+        [book(NOON + US_PER_DAY, "10.5,1,10,2", "11,3,,")],
+        "book_snapshot_5",
+        day_after(1),
+        header=book_header(2),
+    )
+    ingest_tardis(source, lake)
+    assert read(lake).price_int.tolist() == [100125, 101000, 7000, 9500]
+    put_prices(source, ["100", "101"])
+    ingest_tardis(source, lake)
+    midnight = day_start_us(day_after(1))
+    assert periods(lake) == [(1.0, 1.0, 0, midnight), (0.1, 0.5, midnight, MAX_TS)]
+    assert read(lake).price_int.tolist() == [100, 101, 70, 95]
+    (path,) = (lake / "book_snapshot_25").rglob("*.parquet")
+    assert pq.ParquetFile(path).read()["bids_px"].to_pylist() == [[100, None]]
+    assert leftovers(lake) == []
+
+
+def test_evidence__lost_or_edited_units_are_kept_as_they_stand(tmp_path):
+    source, lake = tmp_path / "src", tmp_path / "lake"
+    put_prices(source, ["100.5", "101"])
+    ingest_tardis(source, lake)
+    (lake / ".units" / "binance-futures-BTCUSDT.json").unlink()
+    write_dim_symbol(lake, read_dim_symbol(lake).assign(tick_size=0.25))
+    put_prices(source, ["100", "102"], day=1)
+    ingest_tardis(source, lake)
+    assert periods(lake) == [(0.1, 0.25, 0, MAX_TS)]
+    write_dim_symbol(lake, read_dim_symbol(lake).assign(tick_size=0.1))
+    put_prices(source, ["100.25", "102"], day=2)
+    ingest_tardis(source, lake)
+    midnight = day_start_us(day_after(2))
+    assert periods(lake) == [(0.1, 0.1, 0, midnight), (0.01, 0.05, midnight, MAX_TS)]
+    assert decoded(lake, "price_int", "price_increment") == [
+        Decimal(v) for v in ("100.5", "101", "100", "102", "100.25", "102")
+    ]
+    (lake / ".units" / "binance-futures-BTCUSDT.json").write_text("{}")
+    put_prices(source, ["100"], day=3)
+    with pytest.raises(LakeError, match=r"BTCUSDT\.json: not readable; delete it"):
+        ingest_tardis(source, lake)
+
+
+steps = st.sampled_from([Decimal(text) for text in ("10", "1", "0.5", "0.25", "0.1", "0.01", "0.003")])
+multiples = st.lists(st.integers(1, 400), max_size=4)
+
+
+@st.composite
+def market_days(draw: st.DrawFn) -> list[tuple[str, int, list[tuple[int, Decimal, Decimal]]]]:
+    """Files as (table, day, rows of ts, price and amount); some rows are of the evening before."""
+    files = []
+    for day in draw(st.lists(st.integers(0, 6), min_size=1, max_size=4, unique=True)):
+        tick, lot = draw(steps), draw(steps)
+        for table in draw(
+            st.lists(st.sampled_from(["trades", "quotes", "liquidations"]), min_size=1, unique=True)
+        ):
+            prices, early = draw(multiples), draw(st.integers(0, 1))
+            start = day_start_us(day_after(day)) - early
+            finer = draw(st.sampled_from([1, 1, 4])) if table == "trades" else 1
+            rows = [(start + i, n * tick / finer, (n + i) * lot) for i, n in enumerate(prices)]
+            files.append((table, day, rows))
+    return files
+
+
+def write_market_file(root: Path, table: str, day: int, rows: list[tuple[int, Decimal, Decimal]]) -> Path:
+    if table == "quotes":  # the ask is twice the bid: it has no divisor of its own
+        lines = [quote(ts, f"{p:f}", f"{2 * p:f}", f"{q:f}", f"{q:f}") for ts, p, q in rows]
+        return put(root, lines, table, day_after(day), header=QUOTE_HEADER)
+    lines = [trade(ts, ts, price=f"{p:f}", amount=f"{q:f}") for ts, p, q in rows]
+    return put(root, lines, table, day_after(day))
+
+
+def content(lake: Path) -> list[list[tuple[object, ...]]]:
+    """Rows of every table, but for the number of their file, which tells the order of ingest."""
+    found = []
+    for table in ("trades", "quotes", "liquidations"):
+        rows = read(lake, table).drop(columns="file_id")
+        found.append(sorted(rows.itertuples(index=False, name=None)))
+    return found
+
+
+def largest_common(values: list[Decimal]) -> Decimal:
+    """The divisor by Euclid's algorithm."""
+    out = Decimal(0)
+    for value in values:
+        while value:
+            out, value = value, out % value
+    return out
+
+
+def plain_periods(
+    files: list[tuple[str, int, list[tuple[int, Decimal, Decimal]]]],
+) -> list[tuple[object, ...]]:
+    """The rule of `evidence`, midnight by midnight from scratch."""
+    files = [file for file in files if file[2]]
+    if not files:
+        return [(1.0, 1.0, 1.0, 1.0, 0, MAX_TS)]
+    first = min(day for _, day, _ in files)
+    origin = day_start_us(DAY)
+
+    def increment(values: list[Decimal]) -> Decimal:
+        unit = Decimal(1)
+        while any(value % unit for value in values):
+            unit /= 10
+        return unit
+
+    def step(values: list[Decimal]) -> Decimal | None:
+        return largest_common(values) if len(set(values)) > 1 else None
+
+    out: list[tuple[object, ...]] = []
+    for day in range(first, 8):
+        rows = [(p, q) for *_, rows in files for ts, p, q in rows if (ts - origin) // US_PER_DAY <= day]
+        prices: dict[str, list[Decimal]] = {"quotes": [], "trades": [], "liquidations": []}
+        amounts: list[Decimal] = []
+        for table, of_day, file_rows in files:
+            own = [row for row in file_rows if (row[0] - origin) // US_PER_DAY == of_day] or file_rows
+            if of_day <= day:
+                prices[table] += [p for _, p, _ in own]
+                prices[table] += [2 * p for _, p, _ in own if table == "quotes"]
+                amounts += [q for _, _, q in own if table != "liquidations"]
+        price, amount = (increment([row[i] for row in rows]) for i in range(2))
+        tick, lot = step(prices["quotes"]) or step(prices["trades"]) or price, step(amounts) or amount
+        units = tuple(map(float, (price, amount, tick, lot)))
+        start = 0 if day == first else origin + day * US_PER_DAY
+        if out and out[-1][:4] == units:
+            continue
+        if out:
+            out[-1] = (*out[-1][:5], start)
+        out.append((*units, start, MAX_TS))
+    return out
+
+
+@settings(max_examples=40, deadline=None)
+@given(files=market_days(), order=st.randoms(), cuts=st.sets(st.integers(1, 11)))
+def test_any_order__of_files_and_calls_gives_the_same_lake(files, order, cuts):
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for file in files:
+            write_market_file(root / "all", *file)
+        ingest_tardis(root / "all", root / "once")
+        shuffled = order.sample(files, len(files))
+        for begin, end in pairwise([0, *sorted(cut for cut in cuts if cut < len(files)), len(files)]):
+            for file in shuffled[begin:end]:
+                write_market_file(root / f"call{begin}", *file)
+            ingest_tardis(root / f"call{begin}", root / "lake")
+        once, lake = read_dim_symbol(root / "once"), read_dim_symbol(root / "lake")
+        pd.testing.assert_frame_equal(once, lake)
+        assert content(root / "once") == content(root / "lake")
+        columns = [
+            "price_increment",
+            "amount_increment",
+            "tick_size",
+            "lot_size",
+            "valid_from_ts",
+            "valid_until_ts",
+        ]
+        assert list(lake[columns].itertuples(index=False, name=None)) == plain_periods(files)
+        rows = sorted((ts, p, q) for table, _, rows in files if table == "trades" for ts, p, q in rows)
+        prices = decoded(root / "lake", "price_int", "price_increment")
+        amounts = decoded(root / "lake", "qty_int", "amount_increment")
+        assert sorted(zip(read(root / "lake").ts_local_us, prices, amounts, strict=True)) == rows
+        assert leftovers(root / "lake") == []
 
 
 def symbol_table(folder: Path, text: str) -> Path:
@@ -916,7 +1114,10 @@ def test_ingest__concurrent_ones_lose_nothing(tmp_path):
     assert sum(report.rows_written for report in reports) == 6
     assert sorted(row.file_id for row in read_manifest(lake).values()) == [1, 2, 3, 4, 5, 6]
     assert read(lake).trade_id.tolist() == ["0", "1", "2", "3", "4", "5"]
-    assert read_dim_symbol(lake).exchange_symbol.tolist() == ["S0USDT", "S1USDT", "S2USDT"]
+    rows = read_dim_symbol(lake)
+    # One price alone tells no tick, the second does.
+    assert rows.exchange_symbol.tolist() == [f"S{n // 2}USDT" for n in range(6)]
+    assert rows.tick_size.tolist() == [0.1, 0.5] * 3
 
 
 # ---- real captures -----------------------------------------------------------------------------------

@@ -21,9 +21,10 @@ import pyarrow.compute as pc
 
 from clusterlob_gpu.errors import LakeError
 from clusterlob_gpu.lake.csv_blocks import CsvBlock
+from clusterlob_gpu.lake.evidence import FileValues, Step, Values, joined
 from clusterlob_gpu.lake.increments import NotMultipleError, StepTracker, to_integers
 from clusterlob_gpu.lake.layout import day_of_us, list_column
-from clusterlob_gpu.lake.periods import Period, Periods, Units, period_of
+from clusterlob_gpu.lake.periods import Period, Periods, period_of
 from clusterlob_gpu.lake.symbols import canonical_symbol, exchange_id, symbol_id
 from clusterlob_gpu.schema import BOOK_LEVELS, LAKE_TABLES, SIDE_BUY, SIDE_SELL, SIDE_UNKNOWN, US_PER_DAY
 
@@ -75,32 +76,24 @@ class MisfitError(Exception):
 
 
 class Steps:
-    """Ticks and lots that the files of one symbol and day keep, by the day of the rows."""
+    """Divisors of the prices and amounts of one file, by the UTC day of the rows."""
 
     def __init__(self) -> None:
-        self._trackers: dict[tuple[dt.date, str], tuple[Fraction, StepTracker]] = {}
+        self._trackers: dict[tuple[dt.date, str, Fraction], StepTracker] = {}
 
-    def add(self, day: dt.date, what: str, increment: Fraction, integers: np.ndarray) -> None:
-        """`what`: book_price, trade_price or amount."""
-        self._trackers.setdefault((day, what), (increment, StepTracker()))[1].add(integers)
+    def add(self, day: dt.date, unit: str, increment: Fraction, integers: np.ndarray) -> None:
+        """Take integers in units of `increment` into account; `unit`: price or amount."""
+        self._trackers.setdefault((day, unit, increment), StepTracker()).add(integers)
 
-    def units(self, day: dt.date, has_book: bool, known: bool) -> Units:
-        """Tick and lot of one day; the tick comes from book prices where the symbol has a book.
-
-        known : whether there are steps already that these refine; else a value alone tells none.
-        """
-        price = self._step(day, "book_price", known)
-        if price is None and not has_book:
-            price = self._step(day, "trade_price", known)
-        return Units(tick=price, lot=self._step(day, "amount", known))
-
-    def days(self) -> list[dt.date]:
-        """Days that have rows with prices."""
-        return sorted({day for day, _ in self._trackers})
-
-    def _step(self, day: dt.date, what: str, known: bool) -> Fraction | None:
-        increment, tracker = self._trackers.get((day, what), (Fraction(1), StepTracker()))
-        return tracker.divisor * increment if tracker.varied or (known and tracker.divisor) else None
+    def values(self) -> FileValues:
+        """What all of them say; days with nothing but zeros are left out."""
+        found: FileValues = {}
+        for (day, unit, increment), tracker in self._trackers.items():
+            if tracker.divisor:
+                old = found.get(day, Values())
+                step = joined(getattr(old, unit), Step(tracker.divisor * increment, tracker.varied))
+                found[day] = old._replace(**{unit: step})
+        return found
 
 
 def column_types(path: Path, kind: str, header: Sequence[str]) -> dict[str, pa.DataType]:
@@ -165,7 +158,7 @@ class Encoder:
     symbol: str
     file_id: int
     periods: Periods
-    steps: Steps
+    steps: Steps = field(default_factory=Steps)
     counts: Counter[str] = field(default_factory=Counter)
     rows_in: int = 0
     _last_ts: int = 0
@@ -243,9 +236,6 @@ class Encoder:
         side = self._sides(rows)
         self.counts["unknown_side"] += int((side == SIDE_UNKNOWN).sum())
         price_int, qty_int = self._integers(rows, price, "price"), self._integers(rows, amount, "amount")
-        if self.kind == "trades":
-            self.steps.add(rows.day, "trade_price", rows.period.price, price_int)
-            self.steps.add(rows.day, "amount", rows.period.amount, qty_int)
         columns = {id_name: rows.table["id"], "side": side, "price_int": price_int, "qty_int": qty_int}
         if self.kind == "trades":
             columns["exchange_id"] = np.full(len(side), exchange_id(self.exchange), np.int16)
@@ -266,7 +256,6 @@ class Encoder:
             self.counts["empty_levels"] += int(missing.sum())
             for name, values, unit in (("px", price, "price"), ("sz", amount, "amount")):
                 integers = self._integers(rows, values, unit)
-                self._track_book(rows, unit, integers)
                 columns[f"{side}_{name}"] = list_column(integers, missing)
         self.counts["empty_side"] += int(empty_sides.sum())
         self._touch(best["bids"], best["asks"])
@@ -284,7 +273,6 @@ class Encoder:
             best[side] = np.where(missing, np.nan, price)
             for name, values, unit in (("px", price, "price"), ("sz", amount, "amount")):
                 integers = self._integers(rows, np.where(missing, np.nan, values), unit)
-                self._track_book(rows, unit, integers)
                 columns[f"{side}_{name}_int"] = pa.array(integers, mask=missing)
         self.counts["empty_side"] += int(empty_sides.sum())
         self._touch(best["bid"], best["ask"])
@@ -316,13 +304,8 @@ class Encoder:
             line, ts = int(rows.lines[at]), int(rows.ts_local[at])
             raise MisfitError(self.path, line, ts, unit, increment, error.misfits) from None
         self.counts["rounded_values"] += found.rounded
+        self.steps.add(rows.day, unit, increment, found.integers)
         return found.integers
-
-    def _track_book(self, rows: _Rows, unit: str, integers: np.ndarray) -> None:
-        if unit == "price":
-            self.steps.add(rows.day, "book_price", rows.period.price, integers)
-        else:
-            self.steps.add(rows.day, "amount", rows.period.amount, integers)
 
     def _touch(self, bid: np.ndarray, ask: np.ndarray) -> None:
         """Comparisons with NaN are false, so a row with an empty side is neither."""

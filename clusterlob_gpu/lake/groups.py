@@ -1,9 +1,10 @@
 """The files of one symbol and day on their way into the lake, all or none.
 
-Everything is written under hidden names and becomes visible in one commit, together with the manifest
-and `dim_symbol`.  The first blocks of all files are encoded first, to learn the increments from them;
-if a later value needs a finer increment the group starts again with it, and rows that the lake already
-has from that day on are rescaled in the same commit.
+Everything is written under hidden names and becomes visible in one commit, together with the manifest,
+`dim_symbol` and the evidence from which the symbol's periods follow (see `evidence`).  The first blocks
+of all files are encoded first, to learn the increments from them; if a later value needs a finer
+increment the group starts again with it.  Rows whose increments change, here or in files that the lake
+already has, are rescaled in the same commit.
 """
 
 from __future__ import annotations
@@ -20,7 +21,19 @@ import pyarrow.parquet as pq
 
 from clusterlob_gpu.errors import LakeError
 from clusterlob_gpu.lake.csv_blocks import CsvBlock, read_blocks, read_header
-from clusterlob_gpu.lake.encode import Encoder, MisfitError, Steps, column_types
+from clusterlob_gpu.lake.encode import Encoder, MisfitError, column_types
+from clusterlob_gpu.lake.evidence import (
+    INTEGER_TABLES,
+    FileName,
+    FileValues,
+    Seen,
+    Step,
+    Values,
+    joined,
+    read_seen,
+    remove_staged,
+    stage_seen,
+)
 from clusterlob_gpu.lake.increments import decimal_increment
 from clusterlob_gpu.lake.layout import (
     SNAPSHOT_ROW_GROUP_ROWS,
@@ -31,22 +44,10 @@ from clusterlob_gpu.lake.layout import (
     symbol_files,
 )
 from clusterlob_gpu.lake.manifest import Commit, ManifestRow, recover
-from clusterlob_gpu.lake.periods import (
-    WHOLE_NUMBERS,
-    Periods,
-    Units,
-    from_dim_rows,
-    refine,
-    rescaled,
-    same_units,
-    to_dim_rows,
-)
+from clusterlob_gpu.lake.periods import Periods, from_dim_rows, rescaled, same_units, to_dim_rows
 from clusterlob_gpu.lake.runs import FileOutput
 from clusterlob_gpu.lake.symbols import read_dim_symbol, symbol_id
 from clusterlob_gpu.schema import US_PER_DAY
-
-BOOK_TABLES = ("book_snapshot_25", "quotes")
-INTEGER_TABLES = (*BOOK_TABLES, "trades", "liquidations")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class StagedFile:
     row: ManifestRow
     rows_in: int
     latency: tuple[float, int] | None
+    values: FileValues
     writers: list[PartitionWriter]
 
 
@@ -81,6 +83,7 @@ def ingest_group(lake: Path, files: list[GroupFile], given: Periods | None) -> l
 def remove_leftovers(lake: Path, exchange: str, symbol: str) -> None:
     """Finish an interrupted commit, then delete what a killed ingest of this symbol left behind."""
     recover(lake)
+    remove_staged(lake, exchange, symbol)
     left = re.compile(rf"\.{re.escape(symbol)}-\d{{6,}}\.[0-9a-f]{{12}}\.tmp")
     for path in lake.glob(f"*/exchange={exchange}/date=*/.*.tmp"):
         if left.fullmatch(path.name):
@@ -92,20 +95,19 @@ class _Group:
         self.lake, self.files, self.given = lake, files, given
         self.exchange, _, self.symbol, self.day = files[0].row.key
         self.stored = _stored_periods(lake, self.exchange, self.symbol)
-        self.first_day = next((day for day, _, _ in self._stored_files(INTEGER_TABLES)), None)
-        if given and self.stored and self.first_day and not same_units(given, self.stored):
+        self.seen = self._known()
+        if given and self.stored and self.seen.files and not same_units(given, self.stored):
             raise LakeError(
                 f"{lake}: increments of {self.exchange} {self.symbol} differ from those of the symbol table; "
                 "correct the table, or ingest into a new lake"
             )
-        self.periods: Periods = given or self.stored or WHOLE_NUMBERS
+        self.needs: FileValues = {self.day: Values()}
+        self.periods = self._periods_with_needs()
 
     def ingest(self) -> list[StagedFile]:
-        staged, steps = self._stage_all()
+        staged = self._stage_all()
         commit = Commit(self.lake)
         try:
-            if not self.given:
-                self._learn_steps(steps)
             self._fill(commit, staged)
         except BaseException:
             commit.discard()
@@ -113,35 +115,50 @@ class _Group:
         commit.apply()
         return staged
 
-    def _stage_all(self) -> tuple[list[StagedFile], Steps]:
+    def _known(self) -> Seen:
+        """Evidence of the files in the lake; periods that it does not explain are kept as they stand."""
+        seen = read_seen(self.lake, self.exchange, self.symbol)
+        explained = from_dim_rows(to_dim_rows(self.exchange, self.symbol, seen.periods()))
+        if not self.stored or explained == self.stored:
+            return seen
+        stored = ((table, day) for day, table, _ in self._stored_files())
+        return Seen.taken_as_given(self.stored, stored)
+
+    def _periods_with_needs(self) -> Periods:
+        """Periods of the other files and of what this group is known to need so far."""
+        if self.given:
+            return self.given
+        replaced: dict[FileName, FileValues] = {_name(file.row): {} for file in self.files}
+        return self.seen.updated(replaced | {("", self.day): self.needs}).periods()
+
+    def _stage_all(self) -> list[StagedFile]:
         while True:
-            steps = Steps()
             staged: list[StagedFile] = []
             try:
                 for file in self.files:
                     self._encode_head(file)
                 for file in self.files:
-                    staged.append(self._stage(file, steps))
-                return staged, steps
+                    staged.append(self._stage(file))
+                return staged
             except BaseException as error:
                 for item in staged:
                     _abort(item.writers)
                 if not isinstance(error, MisfitError):
                     raise
                 misfit = error
-            self.periods = self._finer_periods(misfit)
+            self._take_into_account(misfit)
 
     def _encode_head(self, file: GroupFile) -> None:
-        encoder = self._encoder(file, Steps())
+        encoder = self._encoder(file)
         with closing(self._blocks(file)) as blocks:
             for block in blocks:
                 for _ in encoder.encode(block):
                     pass
                 return
 
-    def _stage(self, file: GroupFile, steps: Steps) -> StagedFile:
+    def _stage(self, file: GroupFile) -> StagedFile:
         key = file.row.key
-        encoder = self._encoder(file, steps)
+        encoder = self._encoder(file)
         output = FileOutput(self.lake, key.table, key.exchange, file_stem(key.symbol, file.row.file_id))
         last_line = 1
         try:
@@ -165,98 +182,106 @@ class _Group:
             outputs=tuple(writer.path.relative_to(self.lake).as_posix() for writer in writers),
             ingested_at=dt.datetime.now(dt.UTC),
         )
-        return StagedFile(row, encoder.rows_in, encoder.latency(), writers)
+        return StagedFile(row, encoder.rows_in, encoder.latency(), encoder.steps.values(), writers)
 
-    def _encoder(self, file: GroupFile, steps: Steps) -> Encoder:
+    def _encoder(self, file: GroupFile) -> Encoder:
         row = file.row
-        return Encoder(
-            file.path, row.source_type, self.exchange, self.symbol, row.file_id, self.periods, steps
-        )
+        return Encoder(file.path, row.source_type, self.exchange, self.symbol, row.file_id, self.periods)
 
     def _blocks(self, file: GroupFile) -> Generator[CsvBlock, None, None]:
         header = read_header(file.path)
         return read_blocks(file.path, header, column_types(file.path, file.row.source_type, header))
 
-    def _finer_periods(self, misfit: MisfitError) -> Periods:
-        """Periods in which the misfits are whole, from the day of the first of them on."""
+    def _take_into_account(self, misfit: MisfitError) -> None:
+        """Make the periods so fine that the misfits are whole."""
         where = f"{misfit.path}, line {misfit.line}: {misfit.unit} {float(misfit.values[0])!r}"
         if self.given:
             raise LakeError(
                 f"{where} is no multiple of the symbol table's {misfit.unit}_increment "
                 f"{float(misfit.increment)!r}; correct the table or the file"
             )
-        needed = decimal_increment(misfit.values)
-        if needed is None:
+        increment = decimal_increment(misfit.values)
+        if increment is None:
             raise LakeError(f"{where} has more digits than an integer of 53 bits holds; mend the line")
-        periods = refine(
-            self.periods, self._period_start(day_of_us(misfit.ts)), Units(**{misfit.unit: needed})
-        )
-        if periods == self.periods:
+        day, before = day_of_us(misfit.ts), self.periods
+        needs = self.needs.get(day, Values())
+        step = joined(getattr(needs, misfit.unit), Step(increment, False))
+        self.needs[day] = needs._replace(**{misfit.unit: step})
+        self.periods = self._periods_with_needs()
+        if self.periods == before:
             raise LakeError(
                 f"{where} cannot be held with 53 bits in increments of {float(misfit.increment)!r}, which "
                 "other values need; mend the line, or the finer ones"
             )
-        return periods
 
-    def _learn_steps(self, steps: Steps) -> None:
-        """Tick and lot from the values of the files' own day; other days count only if it has no rows."""
-        days = [self.day] if self.day in steps.days() else steps.days()
-        start = self._period_start(self.day)
-        for day in days:
-            self.periods = refine(self.periods, start, steps.units(day, self._has_book(), bool(self.stored)))
-
-    def _period_start(self, day: dt.date) -> int:
-        """Midnight of `day`, or the beginning of time where no earlier rows would be affected."""
-        return 0 if self.first_day is None or day <= self.first_day else day_start_us(day)
-
-    def _has_book(self) -> bool:
-        in_group = any(file.row.key.table in BOOK_TABLES for file in self.files)
-        return in_group or any(True for _ in self._stored_files(BOOK_TABLES))
-
-    def _stored_files(self, tables: tuple[str, ...]) -> Iterator[tuple[dt.date, str, Path]]:
-        """Files of the symbol that the lake has, in the order of days."""
+    def _stored_files(self) -> Iterator[tuple[dt.date, str, Path]]:
+        """Files with integers of the symbol that the lake has, in the order of days."""
         name = f"exchange={self.exchange}"
         days = {
             dt.date.fromisoformat(folder.name.removeprefix("date="))
-            for table in tables
+            for table in INTEGER_TABLES
             for folder in (self.lake / table / name).glob("date=*")
         }
         for day in sorted(days):
-            for table in tables:
+            for table in INTEGER_TABLES:
                 for path in symbol_files(self.lake, table, self.exchange, day, self.symbol):
                     yield day, table, path
 
     def _fill(self, commit: Commit, staged: list[StagedFile]) -> None:
         """What the commit renames, removes and records."""
-        for item in staged:
-            commit.renames += [(writer.staged_path, writer.path) for writer in item.writers]
-            commit.manifest_rows.append(item.row)
+        commit.manifest_rows = [item.row for item in staged]
+        writers = [(item.row.key.table, writer) for item in staged for writer in item.writers]
+        commit.renames = [(writer.staged_path, writer.path) for _, writer in writers]
         new = {final for _, final in commit.renames}
         old = {self.lake / output for file in self.files for output in file.row.outputs}
         commit.removals = sorted(old - new)
-        if self.stored and not same_units(self.stored, self.periods):
-            for day, table, path in self._stored_files(INTEGER_TABLES):
-                if path not in new | old and self._units_differ(day):
-                    commit.renames.append((self._rescale(day, table, path), path))
-        if self.periods != self.stored:
-            commit.dim_rows = to_dim_rows(self.exchange, self.symbol, self.periods)
+        seen = self._seen_with(staged)
+        periods = seen.periods()
+        for at, (table, writer) in enumerate(writers):
+            if table in INTEGER_TABLES and _units_differ(self.periods, periods, _day(writer.path)):
+                finished = self._rescale(table, writer.staged_path, writer.path, self.periods, periods)
+                writer.staged_path.unlink()
+                commit.renames[at] = (finished, writer.path)
+        if self.stored and not same_units(self.stored, periods):
+            for day, table, path in self._stored_files():
+                if path not in new | old and _units_differ(self.stored, periods, day):
+                    commit.renames.append((self._rescale(table, path, path, self.stored, periods), path))
+        dim_rows = to_dim_rows(self.exchange, self.symbol, periods)
+        if from_dim_rows(dim_rows) != self.stored:
+            commit.dim_rows = dim_rows
+        commit.renames.append(stage_seen(self.lake, self.exchange, self.symbol, seen))
 
-    def _units_differ(self, day: dt.date) -> bool:
-        start = day_start_us(day)
-        return not same_units(self.stored, self.periods, start, start + US_PER_DAY)
+    def _seen_with(self, staged: list[StagedFile]) -> Seen:
+        """Evidence after this ingest; under a symbol table no value tells anything beyond it."""
+        seen = self.seen.updated({_name(item.row): item.values for item in staged})
+        return Seen.taken_as_given(self.given, seen.files) if self.given else seen
 
-    def _rescale(self, day: dt.date, table: str, path: Path) -> Path:
+    def _rescale(self, table: str, source: Path, target: Path, old: Periods, new: Periods) -> Path:
         """A copy of a lake file in the new units, under a hidden name."""
-        writer = PartitionWriter(self.lake, table, self.exchange, day, path.stem)
+        writer = PartitionWriter(self.lake, table, self.exchange, _day(target), target.stem)
         try:
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(source) as file:
                 for batch in file.iter_batches(SNAPSHOT_ROW_GROUP_ROWS):
                     rows = pa.Table.from_batches([batch])
-                    writer.write(rescaled(rows, self.stored, self.periods, str(path)))
+                    writer.write(rescaled(rows, old, new, str(target)))
             return writer.stage()
         except BaseException:
             writer.abort()
             raise
+
+
+def _name(row: ManifestRow) -> FileName:
+    return row.key.table, row.key.day
+
+
+def _day(path: Path) -> dt.date:
+    """UTC day of the partition in which a lake file lies."""
+    return dt.date.fromisoformat(path.parent.name.removeprefix("date="))
+
+
+def _units_differ(ours: Periods, theirs: Periods, day: dt.date) -> bool:
+    start = day_start_us(day)
+    return not same_units(ours, theirs, start, start + US_PER_DAY)
 
 
 def _abort(writers: list[PartitionWriter]) -> None:

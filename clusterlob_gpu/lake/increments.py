@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from math import gcd
 
 import numpy as np
 
@@ -70,6 +71,13 @@ def decimal_increment(values: np.ndarray) -> Fraction | None:
         else:
             return Fraction(1, 10**decimals)
     return None
+
+
+def common(a: Fraction, b: Fraction) -> Fraction:
+    """Greatest common divisor of two fractions: the largest of which both are whole multiples."""
+    return Fraction(
+        gcd(a.numerator * b.denominator, b.numerator * a.denominator), a.denominator * b.denominator
+    )
 
 
 class StepTracker:

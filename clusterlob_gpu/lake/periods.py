@@ -1,18 +1,14 @@
-"""A symbol's periods of constant units while it is ingested: found, refined, and rows rescaled to them.
-
-Increments and steps only ever become finer.  A refinement from a midnight on splits the period that
-holds this midnight; the rows before it keep their integers, those after it are multiplied.
+"""A symbol's periods of constant units: as rows of `dim_symbol`, from a symbol table, and rows rescaled
+from one set of periods to another.  What the periods of a symbol are is said in `evidence`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from math import gcd
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -39,15 +35,6 @@ _TABLE_COLUMNS = (
 )
 
 
-class Units(NamedTuple):
-    """Increments and steps that some values ask for; None where they ask for nothing."""
-
-    price: Fraction | None = None
-    amount: Fraction | None = None
-    tick: Fraction | None = None
-    lot: Fraction | None = None
-
-
 @dataclass(frozen=True)
 class Period:
     """Units from `start` (included) to `end` (excluded), us; a step that nothing has told yet is None."""
@@ -60,35 +47,11 @@ class Period:
     lot: Fraction | None = None
     contract_size: float = 1.0
 
-    def refined(self, units: Units) -> Period:
-        """The same time with units in which both this period's values and the others are whole."""
-        return replace(
-            self,
-            price=_common(self.price, units.price or self.price),
-            amount=_common(self.amount, units.amount or self.amount),
-            tick=_common_step(self.tick, units.tick),
-            lot=_common_step(self.lot, units.lot),
-        )
-
 
 Periods = tuple[Period, ...]
 
 WHOLE_NUMBERS: Periods = (Period(0, MAX_TS, Fraction(1), Fraction(1)),)
 """Of a symbol of which nothing is known."""
-
-
-def refine(periods: Periods, start: int, units: Units) -> Periods:
-    """Make every period as fine as `units` ask for, from `start` on."""
-    out: list[Period] = []
-    for period in periods:
-        changed = period.refined(units)
-        if period.end <= start or changed == period:
-            out.append(period)
-        elif period.start < start:
-            out += [replace(period, end=start), replace(changed, start=start)]
-        else:
-            out.append(changed)
-    return tuple(out)
 
 
 def period_of(periods: Periods, ts: np.ndarray) -> np.ndarray:
@@ -183,53 +146,50 @@ def same_units(ours: Periods, theirs: Periods, start: int = 0, end: int = MAX_TS
 def rescaled(table: pa.Table, old: Periods, new: Periods, where: str) -> pa.Table:
     """Rows of a lake table with their integers brought from the units of `old` to those of `new`.
 
-    Raises LakeError, naming `where`, if a result needs more than 53 bits.
+    Every value must be whole in the units of `new`.  Raises LakeError, naming `where`, if a result needs
+    more than 53 bits.
     """
     ts = table["ts_local_us"].to_numpy()
     before, after = period_of(old, ts), period_of(new, ts)
     for columns, unit in ((PRICE_COLUMNS, "price"), (SIZE_COLUMNS, "amount")):
-        factors = _factors([getattr(p, unit) for p in old], [getattr(p, unit) for p in new])[before, after]
-        if (factors == 1).all():
+        times, over = _ratios([getattr(p, unit) for p in old], [getattr(p, unit) for p in new])
+        times, over = times[before, after], over[before, after]
+        if (times == over).all():
             continue
         for name in columns:
             if name in table.column_names:
                 at = table.column_names.index(name)
-                column = _multiplied(table[name].combine_chunks(), factors, f"{where}: {name}")
+                column = _scaled(table[name].combine_chunks(), times, over, f"{where}: {name}")
                 table = table.set_column(at, table.schema.field(name), column)
     return table
 
 
-def _multiplied(column: pa.Array, factors: np.ndarray, where: str) -> pa.Array:
+def _scaled(column: pa.Array, times: np.ndarray, over: np.ndarray, where: str) -> pa.Array:
+    """Each row's integers times `times` over `over`, which are in lowest terms."""
     lists = pa.types.is_list(column.type)
     values = column.flatten() if lists else column
-    row_factors = np.repeat(factors, np.diff(column.offsets.to_numpy())) if lists else factors
-    if (np.abs(values.fill_null(0).to_numpy().astype(np.float64)) * row_factors >= MAX_INTEGER).any():
+    if lists:
+        lengths = np.diff(column.offsets.to_numpy())
+        times, over = np.repeat(times, lengths), np.repeat(over, lengths)
+    if (np.abs(values.fill_null(0).to_numpy() / over) * times >= MAX_INTEGER).any():
         raise LakeError(
             f"{where}: the finer increment needs more than 53 bits; ingest into a lake of its own"
         )
-    product = pc.multiply(values, pa.array(row_factors))
+    product = pc.multiply(pc.divide(values, pa.array(over)), pa.array(times))
     if not lists:
         return product
     offsets = pa.array(column.offsets.to_numpy() - column.offsets[0].as_py())
     return pa.ListArray.from_arrays(offsets, product)
 
 
-def _factors(old: Sequence[Fraction], new: Sequence[Fraction]) -> np.ndarray:
-    """(n_old, n_new) whole quotients; 0 for pairs that no row can have."""
-    return np.array(
-        [[int(a / b) if (a / b).denominator == 1 else 0 for b in new] for a in old], dtype=np.int64
+def _ratios(old: Sequence[Fraction], new: Sequence[Fraction]) -> tuple[np.ndarray, np.ndarray]:
+    """(n_old, n_new) numerators and denominators of the old over the new increments."""
+    ratios = [[a / b for b in new] for a in old]
+    return (
+        np.array([[ratio.numerator for ratio in row] for row in ratios], dtype=np.int64),
+        np.array([[ratio.denominator for ratio in row] for row in ratios], dtype=np.int64),
     )
 
 
 def _decimal(value: float) -> Fraction:
     return Fraction(repr(float(value)))
-
-
-def _common(a: Fraction, b: Fraction) -> Fraction:
-    return Fraction(
-        gcd(a.numerator * b.denominator, b.numerator * a.denominator), a.denominator * b.denominator
-    )
-
-
-def _common_step(a: Fraction | None, b: Fraction | None) -> Fraction | None:
-    return _common(a, b) if a and b else a or b
