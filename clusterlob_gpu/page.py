@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,20 @@ def write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def draw(
+    out: Path, symbol: str, figures: Iterable[tuple[str, Figure]], captions: Mapping[str, str]
+) -> tuple[list[Path], list[tuple[str, str, str]]]:
+    """Write plots/<name>_<symbol>.png; gives the files, and name, caption and base64 of each for the page."""
+    files, images = [], []
+    for name, figure in figures:
+        image = png(figure)
+        path = out / "plots" / f"{name}_{re.sub(r'[^A-Za-z0-9._-]', '_', symbol)}.png"
+        write(path, image)
+        files.append(path)
+        images.append((name, captions[name], base64.b64encode(image).decode("ascii")))
+    return files, images
 
 
 def page(template: str, info: dict[str, Any], sections: list[Any]) -> bytes:

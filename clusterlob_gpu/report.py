@@ -7,9 +7,7 @@ differ from zero after correction, and how much data the rest would need.
 
 from __future__ import annotations
 
-import base64
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from clusterlob_gpu import page, pictures
+from clusterlob_gpu import flow_report, page, pictures
 from clusterlob_gpu.config import format_duration, parse_duration
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.evaluation import ALL_CLUSTERS, Z_95, Z_POWER
@@ -27,7 +25,7 @@ from clusterlob_gpu.pictures import SIDES, View
 from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES
 
 EXPERIMENTS = ("cluster", "label")
-"""Runs that leave the tables shown here."""
+"""Runs that leave the tables shown here; those of `flow_report` are passed on to it."""
 
 HEADLINE_SIGNAL, HEADLINE_TARGET = "ofi_size", "frnb"
 """The pair for which the research log reports an IC."""
@@ -78,7 +76,7 @@ def read_run(out: Path) -> tuple[dict[str, Any], list[View]]:
     """
     info = page.read_info(out)
     if info.get("experiment") not in EXPERIMENTS:
-        found, known = info.get("experiment"), " and ".join(EXPERIMENTS)
+        found, known = info.get("experiment"), ", ".join([*EXPERIMENTS, flow_report.EXPERIMENT])
         raise InputError(
             f"{Path(out) / 'run.json'}: experiment = {found!r}; only runs of {known} can be shown"
         )
@@ -442,6 +440,8 @@ def console_tables(out: Path) -> list[Table]:
 
     Raises InputError as `read_run`.
     """
+    if page.read_info(out).get("experiment") == flow_report.EXPERIMENT:
+        return flow_report.console_tables(out)
     info, views = read_run(Path(out))
     sample = info["sample"].replace("_", " ")
     tables = []
@@ -473,17 +473,15 @@ def render_run(out: Path) -> list[Path]:
     Raises InputError as `read_run`.
     """
     out = Path(out)
+    if page.read_info(out).get("experiment") == flow_report.EXPERIMENT:
+        return flow_report.render(out)
     info, views = read_run(out)
     written: list[Path] = []
     sections = []
     for view in views:
-        images = []
-        for name, make in pictures.pictures(view):
-            image = page.png(make(view))
-            path = out / "plots" / f"{name}_{re.sub(r'[^A-Za-z0-9._-]', '_', view.symbol)}.png"
-            page.write(path, image)
-            written.append(path)
-            images.append((name, _CAPTIONS[name], base64.b64encode(image).decode("ascii")))
+        figures = ((name, make(view)) for name, make in pictures.pictures(view))
+        files, images = page.draw(out, view.symbol, figures, _CAPTIONS)
+        written += files
         sections.append(
             Section(
                 view.symbol,

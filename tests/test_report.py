@@ -382,7 +382,7 @@ def test_published__is_optional(tmp_path: Path) -> None:
     [
         (lambda out: (out / "run.json").unlink(), "run.json: cannot be read"),
         (lambda out: (out / "run.json").write_text("{"), "not valid JSON"),
-        (lambda out: (out / "run.json").write_text('{"experiment": "flow"}'), "experiment = 'flow'"),
+        (lambda out: (out / "run.json").write_text('{"experiment": "other"}'), "experiment = 'other'"),
         (lambda out: (out / "results" / "ic.parquet").unlink(), "ic.parquet: is missing"),
     ],
 )
