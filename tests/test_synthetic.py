@@ -16,7 +16,7 @@ import statsmodels.api as sm
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
-from clusterlob_gpu.errors import ConfigError
+from clusterlob_gpu.errors import ConfigError, LakeError
 from clusterlob_gpu.lake.layout import day_start_us
 from clusterlob_gpu.lake.symbols import find_symbol, read_dim_symbol, write_dim_symbol
 from clusterlob_gpu.lake.synthetic import (
@@ -239,6 +239,59 @@ def test_report__counts_what_was_written(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"seed": 8}, "seed 7 (asked for: 8)"),
+        (
+            {"trades_per_day": 90, "tick": 0.5},
+            "trades_per_day 100 (asked for: 90), tick 0.1 (asked for: 0.5)",
+        ),
+        ({"start": dt.date(2024, 5, 2)}, "start 2024-05-01 (asked for: 2024-05-02)"),
+    ],
+)
+def test_other_market__in_place_of_rows_is_refused(tmp_path, change, difference):
+    config = make_market(trades_per_day=100, days=2)
+    ingest_synthetic(tmp_path, config)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    with pytest.raises(LakeError) as caught:
+        # The new symbol comes first and leaves nothing behind either.
+        ingest_synthetic(tmp_path, replace(config, days=1, symbols=("AUSDT", "BTCUSDT"), **change))
+    rows = lake_file(tmp_path, "book_snapshot_25", 0)
+    assert str(caught.value) == (
+        f"{tmp_path}: synthetic BTCUSDT is there from another market: {difference}; "
+        f"ingest into another lake, or delete its files, such as {rows}"
+    )
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
+
+
+def test_other_market__may_follow_when_the_rows_are_gone_or_under_another_name(tmp_path):
+    config = make_market(trades_per_day=100, days=1)
+    other = replace(config, seed=8)
+    ingest_synthetic(tmp_path, config)
+    ingest_synthetic(tmp_path, replace(other, symbols=("ETHUSDT",)))
+    ingest_synthetic(tmp_path, replace(other, exchange="elsewhere"))
+    for path in tmp_path.rglob("date=*/BTCUSDT-*.parquet"):
+        path.unlink()
+    ingest_synthetic(tmp_path, other)
+    ingest_synthetic(tmp_path, replace(other, days=2))
+    ingest_synthetic(tmp_path / "fresh", replace(other, days=2))
+    for day in range(2):
+        kept, fresh = (lake_file(root, "trades", day) for root in (tmp_path, tmp_path / "fresh"))
+        assert kept.read_bytes() == fresh.read_bytes()
+
+
+def test_other_market__rows_of_unknown_source_are_kept(tmp_path):
+    config = make_market(trades_per_day=100, days=1)
+    ingest_synthetic(tmp_path, config)
+    (tmp_path / "synthetic.json").write_text("{")
+    with pytest.raises(LakeError, match=r"synthetic\.json: not readable"):
+        ingest_synthetic(tmp_path, config)
+    (tmp_path / "synthetic.json").unlink()
+    with pytest.raises(LakeError, match=r"there from a source that synthetic\.json does not know"):
+        ingest_synthetic(tmp_path, config)
+
+
 # ---- the market -------------------------------------------------------------------------------------
 
 
@@ -316,6 +369,32 @@ def test_midnight__interrupts_neither_price_nor_activity(days):
 def test_types__have_their_shares():
     trades = next(simulate(make_market(days=1, trades_per_day=500_000), "BTCUSDT")).trades
     np.testing.assert_allclose(np.bincount(trades.trade_type) / 500_000, [0.43, 0.19, 0.38], atol=0.02)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+@pytest.mark.parametrize("snapshots", [1, 2, 3])
+def test_tiny_market__has_every_row_it_was_asked_for(snapshots, strength):
+    """With so few book rows all may lie in lulls, which share the trades evenly then."""
+    for trades_per_day in range(1, 11):
+        config = make_market(
+            days=3, trades_per_day=trades_per_day, snapshots_per_day=snapshots, strength=strength
+        )
+        for number, day in enumerate(simulate(config, "BTCUSDT")):
+            start = day_start_us(config.start) + number * US_PER_DAY
+            assert (len(day.trades.ts), len(day.book.ts)) == (trades_per_day, snapshots + 1)
+            assert start <= day.trades.ts[0] <= day.trades.ts[-1] < start + US_PER_DAY
+            assert start <= day.book.ts[1] <= day.book.ts[-1] < start + US_PER_DAY
+            assert (np.diff(day.trades.ts) >= 0).all()
+            assert (np.diff(day.book.ts) > 0).all()
+            assert (day.book.bid < day.book.ask).all()
+            assert min(day.book.bid.min(), day.trades.price.min(), day.trades.qty.min()) > 0
+
+
+def test_tiny_market__of_one_trade_is_a_lake(tmp_path):
+    ingest_synthetic(tmp_path, make_market(days=2, trades_per_day=1))
+    for day in range(2):
+        rows = [len(read(tmp_path, table, day)) for table in TABLES]
+        assert rows == [1, 1, 28_800, 1]
 
 
 # ---- what is planted --------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 The table `truth` holds the planted type of every trade, so that a run can be judged against it; how
 the market works stands in `synthetic_market`.  Days are made one after the other in bounded memory.
 Their values depend on the config alone, and the first days do not depend on how many are asked for.
-Running the same config again writes the same files; days that another config left behind stay.
+Running the same config again writes the same files, and more or fewer days of it may follow in another
+call; `synthetic.json` tells which market a symbol is, and another one in its place is refused.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import json
 import math
 import re
 import time
@@ -22,14 +24,16 @@ import pandas as pd
 import pyarrow as pa
 from numba import njit
 
-from clusterlob_gpu.errors import ConfigError
+from clusterlob_gpu.errors import ConfigError, LakeError
 from clusterlob_gpu.lake.layout import (
     ROW_GROUP_ROWS,
     SNAPSHOT_ROW_GROUP_ROWS,
     PartitionWriter,
     day_start_us,
     file_stem,
+    symbol_files,
 )
+from clusterlob_gpu.lake.manifest import lake_lock
 from clusterlob_gpu.lake.symbols import (
     exchange_id,
     read_dim_symbol,
@@ -55,6 +59,9 @@ LATENCY_US = 2_500
 
 TICKER_ROWS = 28_800
 """Rows of `derivative_ticker` a day: one every three seconds."""
+
+MARKETS_FILE = "synthetic.json"
+"""What makes each symbol's market, by `<exchange>/<symbol>`: `MarketConfig` without names and days."""
 
 _FILE_ID = 0
 _FIRST_LINE = 2
@@ -206,10 +213,13 @@ def ingest_synthetic(
 ) -> SyntheticReport:
     """Write trades, book_snapshot_25, derivative_ticker, truth and dim_symbol of a synthetic market.
 
-    `progress` is called after every day of every symbol.
+    `progress` is called after every day of every symbol.  Raises LakeError, before anything is written, if
+    the lake has rows of one of the symbols that are not of this market.
     """
-    started = time.perf_counter()
-    _write_symbols(lake, config)
+    started, lake = time.perf_counter(), Path(lake)
+    with lake_lock(lake):
+        _claim_symbols(lake, config)
+        _write_symbols(lake, config)
     written = []
     for name in config.symbols:
         for number, market_day in enumerate(simulate(config, name)):
@@ -259,6 +269,58 @@ def snapshot_tables(config: MarketConfig, symbol: str, number: int, book: BookPa
         ts = book.ts[first + 1 : first + 1 + rows]
         columns = [ts, _exchange_time(ts), np.full(rows, key_id), *lists, *_source(first, rows)]
         yield _table("book_snapshot_25", columns)
+
+
+def _claim_symbols(lake: Path, config: MarketConfig) -> None:
+    """Note in MARKETS_FILE that the symbols are this market."""
+    path = lake / MARKETS_FILE
+    market = _identity(config)
+    markets = _read_markets(path)
+    for name in config.symbols:
+        key = f"{config.exchange}/{name}"
+        if markets.get(key) != market and (rows := _any_rows(lake, config.exchange, name)):
+            raise LakeError(
+                f"{lake}: {config.exchange} {name} is there from {_difference(markets.get(key), market)}; "
+                f"ingest into another lake, or delete its files, such as {rows}"
+            )
+        markets[key] = market
+    staged = path.with_name(f".{path.name}.tmp")
+    staged.write_text(json.dumps(markets, indent=1, sort_keys=True))
+    staged.replace(path)
+
+
+def _identity(config: MarketConfig) -> dict[str, Any]:
+    """Everything that shapes a day's rows; how many days are asked for does not."""
+    shaping = vars(config) | {"start": config.start.isoformat()}
+    return {name: value for name, value in shaping.items() if name not in ("exchange", "symbols", "days")}
+
+
+def _read_markets(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise LakeError(f"{path}: not readable; delete it together with the synthetic symbols") from None
+
+
+def _any_rows(lake: Path, exchange: str, name: str) -> Path | None:
+    """A file of the symbol, if the lake has one."""
+    for folder in sorted(lake.glob(f"*/exchange={exchange}/date=*")):
+        day = dt.date.fromisoformat(folder.name.removeprefix("date="))
+        if files := symbol_files(lake, folder.parents[1].name, exchange, day, name):
+            return files[0]
+    return None
+
+
+def _difference(there: dict[str, Any] | None, asked: dict[str, Any]) -> str:
+    if there is None:
+        return f"a source that {MARKETS_FILE} does not know"
+    return "another market: " + ", ".join(
+        f"{name} {there.get(name)} (asked for: {asked.get(name)})"
+        for name in asked | there
+        if there.get(name) != asked.get(name)
+    )
 
 
 def _write_symbols(lake: Path, config: MarketConfig) -> None:

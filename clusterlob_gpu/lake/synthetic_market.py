@@ -306,10 +306,12 @@ def _trade(keys: np.ndarray, strength: float, book: BookPath, end: int, trades: 
     A trade with the stamp of the next row came before it, so it met the row that was there.
     """
     n, last = len(trades.ts), len(book.ts) - 1
-    total, planned, done = book.weight.sum(), 0.0, 0
+    # A few rows may all lie in lulls; then they share the trades evenly.
+    weight = book.weight if book.weight.sum() > 0 else np.ones(last + 1)
+    total, planned, done = weight.sum(), 0.0, 0
     rounding = _uniform(keys[4], n)
     for row in range(last + 1):
-        planned += book.weight[row]
+        planned += weight[row]
         until = n if row == last else min(n, int(n * (planned / total) + rounding))
         stop = end if row == last else book.ts[row + 1]
         _fill_interval(keys, strength, book, row, book.ts[row] + 1, stop, done, until, trades)
