@@ -324,10 +324,9 @@ def _finish(job: Callable[..., Path], request: RunRequest[Any], options: dict[st
 
 def _show(out: Path) -> None:
     """Print the tables of a finished run, and where its report is."""
-    from clusterlob_gpu import console, report
+    from clusterlob_gpu import console, page, report
 
-    run, _ = report.read_run(out)
-    _print(*report.console_tables(out), console.rows_table(run))
+    _print(*report.console_tables(out), console.rows_table(page.read_info(out)))
     click.echo(f"report: {out / 'report.html'}")
     click.echo(f"pictures: {out / 'plots'}")
 

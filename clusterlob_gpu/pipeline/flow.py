@@ -237,7 +237,7 @@ def _row_counts(run: FlowRun, request: FlowRequest) -> dict[str, Any]:
     return {
         "trades": trades,
         "kept": trades,
-        "dropped": {"side_unknown": 0},
+        "dropped": {},
         "side_unknown": unknown,
         "orders": sum(day.takers for day in made),
         "book_rows": sum(book.rows + sum(book.skipped.values()) for book in books),
