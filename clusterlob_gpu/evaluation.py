@@ -471,6 +471,15 @@ def judge(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(p_fdr=p_fdr, verdict=verdict)
 
 
+def _compared(pairs: Sequence[_Pair], sampled: Floats, i: int, other: int) -> dict[str, float]:
+    """`_paired` with a p that can be as small as many comparisons ask: counted draws never are."""
+    found = _paired(pairs, sampled, i, other)
+    draws = sampled[:, i] - sampled[:, other]
+    draws = draws[np.isfinite(draws)]
+    error = float(draws.std(ddof=1)) if len(draws) > 1 else np.nan
+    return found | {"diff_p": _two_sided(_ratio(found["diff"], error))}
+
+
 DIFFERENCE_COLUMNS = (
     "signal",
     "benchmark",
@@ -500,9 +509,9 @@ def difference_table(
 
     Takes the panel of `ic_table`.  A row per target and pair, in the order given: signal, benchmark, target,
     horizon_us; n = rows with both signals and the target; ic, ic_benchmark over these rows;
-    diff = ic - ic_benchmark; diff_low, diff_high (95 %), diff_p from a circular block bootstrap that draws
-    the same blocks for every pair of a target; thin as in `judge`; then p_fdr and verdict of
-    `judge_differences`.  Raises InputError as `ic_table`.
+    diff = ic - ic_benchmark; diff_low, diff_high (95 %) from a circular block bootstrap that draws the same
+    blocks for every pair of a target; diff_p: normal, of diff over the standard deviation of its draws; thin
+    as in `judge`; then p_fdr and verdict of `judge_differences`.  Raises InputError as `ic_table`.
     """
     columns = [signal.column for pair in pairs for signal in pair] + [target.column for target in targets]
     columns = list(dict.fromkeys(columns))
@@ -535,7 +544,7 @@ def _difference_rows(
         mine, theirs = both[2 * i : 2 * i + 2]
         row: dict[str, object] = {"signal": signal.name, "benchmark": benchmark.name, "target": target.name}
         row |= {"horizon_us": target.horizon_us, "n": mine.n, "ic": mine.ic, "ic_benchmark": theirs.ic}
-        row |= _paired(both, sampled, 2 * i, 2 * i + 1)
+        row |= _compared(both, sampled, 2 * i, 2 * i + 1)
         rows.append(row | {"thin": _is_thin(mine, horizon) or _is_thin(theirs, horizon)})
     return rows
 
@@ -610,8 +619,9 @@ def slice_table(
     with signal, target and a label; ic, rank_ic, hac_se, hac_t, hac_p, mde as in `ic_table`, places outside
     the slice scoring 0, mean and variance those of the slice; ci_low, ci_high from a block bootstrap of the
     whole time axis, which carries the slices along; ic_rest = IC over the rows with any other label;
-    diff = ic - ic_rest with diff_low, diff_high, diff_p on the same blocks (with two labels the two rows say
-    the same twice); thin; p_fdr and verdict ("larger", "smaller") of `judge_differences`.
+    diff = ic - ic_rest with diff_low, diff_high on the same blocks and the diff_p of `difference_table`
+    (with two labels the two rows say the same twice); thin; p_fdr and verdict ("larger", "smaller") of
+    `judge_differences`.
     Raises InputError as `ic_table`.
     """
     columns = list(dict.fromkeys([s.column for s in signals] + [t.column for t in targets]))
@@ -669,7 +679,7 @@ def _slice_rows(
             statistics = _inference(pairs[at], horizon, signal.rollup_bars)
             row |= {name: statistics[name] for name in _SLICE_STATISTICS}
             row |= dict(zip(("ci_low", "ci_high"), _interval(sampled[:, at]), strict=True))
-            row |= {"ic_rest": pairs[at + 1].ic} | _paired(pairs, sampled, at, at + 1)
+            row |= {"ic_rest": pairs[at + 1].ic} | _compared(pairs, sampled, at, at + 1)
             rows.append((code, row | {"thin": _is_thin(pairs[at], horizon)}))
     return rows
 

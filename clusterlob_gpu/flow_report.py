@@ -215,8 +215,8 @@ def _book_words(view: FlowView) -> list[str]:
         f"{row['gross']:+.2%} (t {row['gross_t']:+.2f}{doubt}), net {row['net']:+.2%} after a fee of "
         f"{row['fee_bps']:g} bps, slippage of {row['slippage_bps']:g} bps and half the spread per side; "
         f"turnover {row['turnover']:.1f} books a day; it {earns}. Sharpe net "
-        f"{row['sharpe_net']:+.1f} (365 days), {row['sharpe_lo_net']:+.1f} corrected for autocorrelation; largest drawdown "
-        f"{row['max_drawdown']:.2%}."
+        f"{row['sharpe_net']:+.1f} (365 days), {row['sharpe_lo_net']:+.1f} corrected for autocorrelation; "
+        f"largest drawdown {row['max_drawdown']:.2%}."
     ]
 
 
