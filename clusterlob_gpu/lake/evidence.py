@@ -73,7 +73,7 @@ class _Evidence(NamedTuple):
 
 def joined(one: Step | None, other: Step | None) -> Step | None:
     """The step of the values of both."""
-    if one is None or other is None:
+    if one is None or other is None or one == other:
         return one or other
     varied = one.varied or other.varied or one.divisor != other.divisor
     return Step(common(one.divisor, other.divisor), varied)
@@ -103,9 +103,13 @@ class Seen:
         base, by_day = self.given or WHOLE_NUMBERS, self._by_day()
         if not by_day:
             return base
+        starts: list[int] = []
+        so_far: list[_Evidence] = []
         days = sorted(by_day)
-        starts = [min(0, base[0].start), *map(day_start_us, days[1:])]
-        so_far = list(accumulate((by_day[day] for day in days), _both))
+        for day, seen in zip(days, accumulate((by_day[day] for day in days), _both), strict=True):
+            if not so_far or seen != so_far[-1]:
+                starts.append(day_start_us(day) if starts else min(0, base[0].start))
+                so_far.append(seen)
         return tuple(piece for period in base for piece in _pieces(period, starts, so_far))
 
     def _by_day(self) -> dict[dt.date, _Evidence]:
