@@ -45,6 +45,9 @@ MARKOUT_COLUMNS = (
 LEVEL = 0.05
 MIN_ROWS = 30
 """Fewer rows than this, or than 4H, make a test thin."""
+MIN_SPANS = 20
+"""Slices that hold fewer stretches of r + H - 1 buckets than this are thin: on null markets of 5 days their
+nominal 5 % tests rejected 11 to 17 % of the time for sums of 1 h and 3 h."""
 MIN_DAYS = 3
 """Fewer days than this give no statistics of daily ICs."""
 Z_95 = float(norm.ppf(1 - LEVEL / 2))
@@ -620,8 +623,8 @@ def slice_table(
     the slice scoring 0, mean and variance those of the slice; ci_low, ci_high from a block bootstrap of the
     whole time axis, which carries the slices along; ic_rest = IC over the rows with any other label;
     diff = ic - ic_rest with diff_low, diff_high on the same blocks and the diff_p of `difference_table`
-    (with two labels the two rows say the same twice); thin; p_fdr and verdict ("larger", "smaller") of
-    `judge_differences`.
+    (with two labels the two rows say the same twice), null where the rest is thin; thin: fewer than
+    max(30, 20 (r + H - 1)) rows; p_fdr and verdict ("larger", "smaller") of `judge_differences`.
     Raises InputError as `ic_table`.
     """
     columns = list(dict.fromkeys([s.column for s in signals] + [t.column for t in targets]))
@@ -680,7 +683,10 @@ def _slice_rows(
             row |= {name: statistics[name] for name in _SLICE_STATISTICS}
             row |= dict(zip(("ci_low", "ci_high"), _interval(sampled[:, at]), strict=True))
             row |= {"ic_rest": pairs[at + 1].ic} | _compared(pairs, sampled, at, at + 1)
-            rows.append((code, row | {"thin": _is_thin(pairs[at], horizon)}))
+            least = MIN_SPANS * (signal.rollup_bars + horizon - 1)
+            thin, alone = (not pair.usable or pair.n < max(MIN_ROWS, least) for pair in pairs[at : at + 2])
+            row |= {"thin": thin} | ({"diff_p": np.nan} if alone else {})
+            rows.append((code, row))
     return rows
 
 

@@ -294,3 +294,22 @@ def test_kept_calibration__rejects_3_to_8_percent(market: str) -> None:
         for test in ("hac", "bootstrap", "both"):
             assert 0.03 <= kept["rejection_rates"][market][flow][test] <= 0.08
         assert kept["rejection_rates"][market][flow]["naive_t"] > (0.5 if flow != "5m" else 0.03)
+
+
+def test_slices__are_thin_below_twenty_spans_and_a_thin_rest_gives_no_test() -> None:
+    rng = np.random.default_rng(9)
+    n = 1000
+    panel = pd.DataFrame({"bucket_ts": START + np.arange(n) * WIDTH, "y": rng.normal(size=n)})
+    panel["x"], panel["kind"] = rng.normal(size=n), np.where(np.arange(n) < 300, "few", "many")
+    found = slice_table(
+        panel,
+        {"kind": ["few", "many"]},
+        [Signal("x", "x"), Signal("sum", "x", 12)],
+        [Target("y", "y", 12 * WIDTH)],
+        width_us=WIDTH,
+        draws=50,
+    ).set_index(["signal", "bucket"])
+    # 20 spans: 240 rows of one bar, 460 rows of a sum of 12
+    assert found["thin"].tolist() == [False, False, True, False]
+    assert found["diff_p"].isna().tolist() == [False, False, False, True]
+    assert found["verdict"].tolist()[2:] == ["thin", "undecided"]
