@@ -259,7 +259,9 @@ def winsor_bounds(
     sign = bits >> np.uint32(31) == 1
     values = np.where(sign, bits & np.uint32(0x7FFFFFFF), ~bits).astype(np.uint32).view(np.float32)
     left, right = values.astype(np.float64).reshape(len(high), 2, 2).transpose(1, 0, 2)
-    bounds = left + (right - left) * (position - lower)
+    weight = position - lower
+    # From the nearer end, as NumPy does.
+    bounds = np.where(weight < 0.5, left + (right - left) * weight, right - (right - left) * (1 - weight))
     return Bounds(bounds[:, 0].copy(), bounds[:, 1].copy())
 
 

@@ -116,7 +116,7 @@ class ClusterConfig(RunConfig):
     engine: Literal["auto", "sklearn", "cuml", "cuml_dask", "lloyd"] = "auto"
     """Who fits; auto is lloyd, the exact map-reduce over days."""
 
-    margin: float = Field(0.0, ge=0.0)
+    margin: float = Field(0.0, ge=0.0, allow_inf_nan=False)
     """Least |z_sbs - z_obs| of a centroid that may be called opportunistic or directional."""
 
     winsorize: tuple[float, float] | None = None
@@ -218,10 +218,10 @@ class FlowConfig(RunConfig):
     markets: tuple[str, ...] = ("BTCUSDT", "ETHUSDT")
     """Symbols of the same exchange whose past return is a control, where the lake has them."""
 
-    fee_bps: float = Field(default=5.0, ge=0)
+    fee_bps: float = Field(default=5.0, ge=0, allow_inf_nan=False)
     """Taker fee per side, bps of the traded notional."""
 
-    slippage_bps: float = Field(default=0.0, ge=0)
+    slippage_bps: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Slippage per side beyond half the spread."""
 
     @model_validator(mode="after")
@@ -281,7 +281,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
