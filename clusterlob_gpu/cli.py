@@ -234,8 +234,7 @@ def info(out: Path) -> None:
 @click.option("--symbol", help="Only this instrument.")
 def check(lake: Path, exchange: str | None, symbol: str | None) -> None:
     """List what a lake holds: days, rows, gaps, broken files, and signs of a wrong join."""
-    from clusterlob_gpu import console
-    from clusterlob_gpu.lake import quality
+    from clusterlob_gpu import console, quality
 
     _print(*console.check_tables(quality.check_lake(lake, exchange, symbol)))
 

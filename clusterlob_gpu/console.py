@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from clusterlob_gpu.lake.quality import LakeCheck
     from clusterlob_gpu.lake.tardis import FileReport, IngestReport
+    from clusterlob_gpu.quality import LakeCheck
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:

@@ -34,9 +34,9 @@ from lakes import (
     write_lake,
 )
 
+from clusterlob_gpu import quality
 from clusterlob_gpu.errors import LakeError
 from clusterlob_gpu.kernels import NO_LEVEL
-from clusterlob_gpu.lake import quality
 from clusterlob_gpu.lake.native import SymbolLake, open_symbol
 from clusterlob_gpu.lake.symbols import decimal_unit, decode, exchange_id, symbol_id
 from clusterlob_gpu.schema import SIDE_UNKNOWN, BookRows, Trades
