@@ -13,7 +13,7 @@ towards 0; a sample in which even H does not fit under that bound is called thin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,9 +45,6 @@ MARKOUT_COLUMNS = (
 LEVEL = 0.05
 MIN_ROWS = 30
 """Fewer rows than this, or than 4H, make a test thin."""
-MIN_SPANS = 20
-"""Slices that hold fewer stretches of r + H - 1 buckets than this are thin: on null markets of 5 days their
-nominal 5 % tests rejected 11 to 17 % of the time for sums of 1 h and 3 h."""
 MIN_DAYS = 3
 """Fewer days than this give no statistics of daily ICs."""
 Z_95 = float(norm.ppf(1 - LEVEL / 2))
@@ -80,7 +77,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
     """Signal and target on the grid, each with mean 0 and variance 1 over the rows that have both."""
 
     x: Floats
@@ -100,19 +97,20 @@ class _Pair:
         """x_t e_t of the regression of y on x: what the slope's error is a sum of."""
         return self.x * (self.y - self.ic * self.x)
 
-    def ranked(self) -> _Pair:
+    def ranked(self) -> Pair:
         """The same rows with average ranks for values."""
         x, y = np.zeros_like(self.x), np.zeros_like(self.y)
         x[self.used], y[self.used] = rankdata(self.x[self.used]), rankdata(self.y[self.used])
-        return _pair(np.where(self.used, x, np.nan), np.where(self.used, y, np.nan))
+        return pair_of(np.where(self.used, x, np.nan), np.where(self.used, y, np.nan))
 
 
-def _pair(signal: Floats, target: Floats) -> _Pair:
+def pair_of(signal: Floats, target: Floats) -> Pair:
+    """The rows that have both; not usable with fewer than 3 of them, or where one side is constant."""
     used = np.isfinite(signal) & np.isfinite(target)
     varies = [used.sum() >= 3 and np.ptp(values[used]) > 0 for values in (signal, target)]
     if not all(varies):
-        return _Pair(np.zeros(len(used)), np.zeros(len(used)), used, usable=False)
-    return _Pair(_standardised(signal, used), _standardised(target, used), used, usable=True)
+        return Pair(np.zeros(len(used)), np.zeros(len(used)), used, usable=False)
+    return Pair(_standardised(signal, used), _standardised(target, used), used, usable=True)
 
 
 def _standardised(values: Floats, used: NDArray[np.bool_]) -> Floats:
@@ -133,14 +131,14 @@ def long_run_sum(scores: Floats, lags: int) -> float:
     return max(total, 0.0)
 
 
-def _hac_se(pair: _Pair, lags: int) -> float:
+def _hac_se(pair: Pair, lags: int) -> float:
     """Standard error of the IC as the slope of standardised y on standardised x, times n / (n - 2)."""
     if not pair.usable:
         return np.nan
     return float(np.sqrt(long_run_sum(pair.scores(), lags) / (pair.n * (pair.n - 2))))
 
 
-def _iid_se(pair: _Pair) -> float:
+def _iid_se(pair: Pair) -> float:
     """The textbook standard error of the same slope, of independent rows."""
     if not pair.usable:
         return np.nan
@@ -148,26 +146,28 @@ def _iid_se(pair: _Pair) -> float:
     return float(np.sqrt(residual @ residual / (pair.n * (pair.n - 2))))
 
 
-def _ratio(a: float, b: float) -> float:
+def ratio(a: float, b: float) -> float:
     """a / b, with x / 0 = signed infinity and 0 / 0 null, without a warning."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(np.divide(a, b))
 
 
-def _two_sided(t: float) -> float:
+def two_sided(t: float) -> float:
+    """Normal p of t."""
     return float(2 * norm.sf(abs(t)))
 
 
-def _capped(value: int, rows: int) -> int:
+def capped(value: int, rows: int) -> int:
+    """At most a quarter of the rows."""
     return min(value, rows // 4)
 
 
 def hac_lags(horizon: int, rollup: int, rows: int) -> int:
     """Bartlett lags of a test: max(2H - 1, r + H - 1), at most a quarter of the rows."""
-    return _capped(max(2 * horizon - 1, rollup + horizon - 1), rows)
+    return capped(max(2 * horizon - 1, rollup + horizon - 1), rows)
 
 
-def _grouped_ic(pair: _Pair, group: Ints) -> Floats:
+def _grouped_ic(pair: Pair, group: Ints) -> Floats:
     """IC inside each group of rows; groups of fewer than 3 rows, or without variation, are left out."""
     g = np.unique(group[pair.used], return_inverse=True)[1]
     x, y = pair.x[pair.used], pair.y[pair.used]
@@ -178,7 +178,7 @@ def _grouped_ic(pair: _Pair, group: Ints) -> Floats:
     return xy[kept] / np.sqrt(xx[kept] * yy[kept])
 
 
-def _non_overlapping(pair: _Pair, horizon: int) -> dict[str, float]:
+def _non_overlapping(pair: Pair, horizon: int) -> dict[str, float]:
     """IC over every H-th bucket, at all H offsets: mean, smallest, largest."""
     ics = _grouped_ic(pair, np.arange(len(pair.x)) % horizon) if pair.usable else np.empty(0)
     names = ("non_overlap_mean", "non_overlap_min", "non_overlap_max")
@@ -187,7 +187,7 @@ def _non_overlapping(pair: _Pair, horizon: int) -> dict[str, float]:
     return dict(zip(names, (float(ics.mean()), float(ics.min()), float(ics.max())), strict=True))
 
 
-def _daily(pair: _Pair, day: Ints) -> dict[str, float]:
+def _daily(pair: Pair, day: Ints) -> dict[str, float]:
     """ICs of UTC days: their mean, its t, and the share of days above 0."""
     ics = _grouped_ic(pair, day) if pair.usable else np.empty(0)
     if len(ics) < MIN_DAYS:
@@ -195,12 +195,12 @@ def _daily(pair: _Pair, day: Ints) -> dict[str, float]:
     mean = float(ics.mean())
     return {
         "daily_ic_mean": mean,
-        "daily_ic_t": _ratio(mean, float(ics.std(ddof=1) / np.sqrt(len(ics)))),
+        "daily_ic_t": ratio(mean, float(ics.std(ddof=1) / np.sqrt(len(ics)))),
         "daily_hit_rate": float((ics > 0).mean()),
     }
 
 
-def block_length(pairs: Sequence[_Pair], horizon: int) -> int:
+def block_length(pairs: Sequence[Pair], horizon: int) -> int:
     """One block for all signals of a target: their scores' longest optimal (circular) block, at least H."""
     from arch.bootstrap import optimal_block_length  # more than a second of imports
 
@@ -209,7 +209,7 @@ def block_length(pairs: Sequence[_Pair], horizon: int) -> int:
     # a perfect fit leaves scores of rounding size, on which the rule has nothing to say
     optimal = [optimal_block_length(s)["circular"].iloc[0] for s in series if np.abs(s).max() > 1e-9]
     longest = max((int(np.ceil(b)) for b in optimal if np.isfinite(b)), default=1)
-    return max(_capped(max(horizon, longest), rows), 1)
+    return max(capped(max(horizon, longest), rows), 1)
 
 
 def _block_sums(moments: Floats, length: int) -> Floats:
@@ -241,7 +241,7 @@ def block_resamples(moments: Floats, block: int, draws: int, seed: int) -> Float
     return out
 
 
-def bootstrap_ics(pairs: Sequence[_Pair], block: int, draws: int, seed: int) -> Floats:
+def bootstrap_ics(pairs: Sequence[Pair], block: int, draws: int, seed: int) -> Floats:
     """(draws, signals) ICs of circular block resamples, the same blocks for every signal.
 
     A correlation needs six sums: of 1, x, y, xx, yy and xy.
@@ -262,7 +262,7 @@ def _correlation(total: Floats) -> Floats:
     return np.where((n >= 3) & (vx > 1e-12) & (vy > 1e-12), ic, np.nan)
 
 
-def _interval(draws: Floats) -> tuple[float, float]:
+def percentile_interval(draws: Floats) -> tuple[float, float]:
     """Percentile 95 % interval, over the draws that have a value."""
     kept = draws[np.isfinite(draws)]
     if not len(kept):
@@ -383,9 +383,9 @@ def _target_rows(
     seed: int,
 ) -> list[dict[str, object]]:
     horizon = -(-target.horizon_us // width_us)
-    span = _held(grid[target.column])
+    span = held(grid[target.column])
     day = day[span]
-    pairs = [_pair(grid[signal.column][span], grid[target.column][span]) for signal in signals]
+    pairs = [pair_of(grid[signal.column][span], grid[target.column][span]) for signal in signals]
     block = block_length(pairs, horizon)
     sampled = bootstrap_ics(pairs, block, draws, seed) if len(day) else np.full((draws, len(signals)), np.nan)
     at = {signal.name: i for i, signal in enumerate(signals)}
@@ -394,54 +394,56 @@ def _target_rows(
         other = None if signal.benchmark in (None, signal.name) else at[signal.benchmark]
         rows.append(
             {"signal": signal.name, "target": target.name, "horizon_us": target.horizon_us, "n": pair.n}
-            | _inference(pair, horizon, signal.rollup_bars)
-            | dict(zip(("ci_low", "ci_high"), _interval(sampled[:, i]), strict=True))
+            | inference(pair, horizon, signal.rollup_bars)
+            | dict(zip(("ci_low", "ci_high"), percentile_interval(sampled[:, i]), strict=True))
             | {"block": block}
             | _non_overlapping(pair, horizon)
             | _daily(pair, day)
-            | _paired(pairs, sampled, i, other)
+            | paired_difference(pairs, sampled, i, other)
             | {"benchmark": signal.benchmark, "predictive": target.predictive}
-            | {"thin": _is_thin(pair, horizon)}
+            | {"thin": is_thin(pair, horizon)}
         )
     return rows
 
 
-def _is_thin(pair: _Pair, horizon: int) -> bool:
+def is_thin(pair: Pair, horizon: int) -> bool:
+    """Fewer than max(30, 4H) rows, or nothing that varies."""
     return not pair.usable or pair.n < max(MIN_ROWS, 4 * horizon)
 
 
-def _held(target: Floats) -> slice:
+def held(target: Floats) -> slice:
     """From the first to the last value: neither lags nor blocks are counted over the empty ends."""
-    held = np.flatnonzero(np.isfinite(target))
-    return slice(int(held[0]), int(held[-1]) + 1) if len(held) else slice(0, 0)
+    known = np.flatnonzero(np.isfinite(target))
+    return slice(int(known[0]), int(known[-1]) + 1) if len(known) else slice(0, 0)
 
 
-def _inference(pair: _Pair, horizon: int, rollup: int) -> dict[str, float]:
+def inference(pair: Pair, horizon: int, rollup: int) -> dict[str, float]:
+    """The columns ic to mde of `ic_table`."""
     lags = hac_lags(horizon, rollup, pair.n)
     ranks = pair.ranked()
     se, rank_se = _hac_se(pair, lags), _hac_se(ranks, lags)
-    t, rank_t = _ratio(pair.ic, se), _ratio(ranks.ic, rank_se)
+    t, rank_t = ratio(pair.ic, se), ratio(ranks.ic, rank_se)
     return {
         "ic": pair.ic,
         "rank_ic": ranks.ic,
         "lags": lags,
         "hac_se": se,
         "hac_t": t,
-        "hac_p": _two_sided(t),
-        "hac_t_min": _ratio(pair.ic, _hac_se(pair, _capped(horizon - 1, pair.n))),
+        "hac_p": two_sided(t),
+        "hac_t_min": ratio(pair.ic, _hac_se(pair, capped(horizon - 1, pair.n))),
         "rank_hac_t": rank_t,
-        "rank_hac_p": _two_sided(rank_t),
-        "n_eff": pair.n * _ratio(_iid_se(pair) ** 2, se**2),
+        "rank_hac_p": two_sided(rank_t),
+        "n_eff": pair.n * ratio(_iid_se(pair) ** 2, se**2),
         "mde": Z_POWER * se,
     }
 
 
-def _paired(pairs: Sequence[_Pair], sampled: Floats, i: int, other: int | None) -> dict[str, float]:
+def paired_difference(pairs: Sequence[Pair], sampled: Floats, i: int, other: int | None) -> dict[str, float]:
     """Difference to the benchmark on the same blocks; the benchmark itself has none."""
     if other is None:
         return dict.fromkeys(("diff", "diff_low", "diff_high", "diff_p"), np.nan)
     difference = sampled[:, i] - sampled[:, other]
-    low, high = _interval(difference)
+    low, high = percentile_interval(difference)
     return {
         "diff": pairs[i].ic - pairs[other].ic,
         "diff_low": low,
@@ -453,241 +455,27 @@ def _paired(pairs: Sequence[_Pair], sampled: Floats, i: int, other: int | None) 
 def judge(table: pd.DataFrame) -> pd.DataFrame:
     """Add `p_fdr` and `verdict`, over all tests of the table: call it again on tables put together.
 
-    p_fdr: Benjamini-Hochberg of hac_p over the predictive rows that have one; null elsewhere.
+    p_fdr: Benjamini-Hochberg of hac_p over the predictive rows that have one and are not thin, else null.
+    (A thin row's HAC error comes out too small: its p would loosen the correction of all the others.)
     verdict: "thin" where n < max(30, 4H) or the IC is null; "positive" or "negative" where p_fdr < 0.05 (for
     targets that are not predictive: hac_p < 0.05) and the bootstrap interval excludes 0 on that side;
     "undecided" otherwise.
     """
     if table.empty:
         return table
-    tested = table["predictive"].to_numpy(bool) & table["hac_p"].notna().to_numpy()
+    thin = table["thin"].to_numpy(bool)
+    tested = table["predictive"].to_numpy(bool) & table["hac_p"].notna().to_numpy() & ~thin
     p_fdr = np.full(len(table), np.nan)
     if tested.any():
         p_fdr[tested] = false_discovery_control(table["hac_p"].to_numpy(np.float64)[tested])
     p = np.where(table["predictive"], p_fdr, table["hac_p"])
-    sure = (p < LEVEL) & ~table["thin"].to_numpy(bool)
+    sure = (p < LEVEL) & ~thin
     verdict = np.select(
-        [table["thin"], sure & (table["ci_low"] > 0), sure & (table["ci_high"] < 0)],
+        [thin, sure & (table["ci_low"] > 0), sure & (table["ci_high"] < 0)],
         ["thin", "positive", "negative"],
         "undecided",
     )
     return table.assign(p_fdr=p_fdr, verdict=verdict)
-
-
-def _compared(pairs: Sequence[_Pair], sampled: Floats, i: int, other: int) -> dict[str, float]:
-    """`_paired` with a p that can be as small as many comparisons ask: counted draws never are."""
-    found = _paired(pairs, sampled, i, other)
-    draws = sampled[:, i] - sampled[:, other]
-    draws = draws[np.isfinite(draws)]
-    error = float(draws.std(ddof=1)) if len(draws) > 1 else np.nan
-    return found | {"diff_p": _two_sided(_ratio(found["diff"], error))}
-
-
-DIFFERENCE_COLUMNS = (
-    "signal",
-    "benchmark",
-    "target",
-    "horizon_us",
-    "n",
-    "ic",
-    "ic_benchmark",
-    "diff",
-    "diff_low",
-    "diff_high",
-    "diff_p",
-    "thin",
-)
-
-
-def difference_table(
-    panel: pd.DataFrame,
-    pairs: Sequence[tuple[Signal, Signal]],
-    targets: Sequence[Target],
-    *,
-    width_us: int,
-    draws: int = 1000,
-    seed: int = 7,
-) -> pd.DataFrame:
-    """Paired differences in IC of one symbol: each signal less its benchmark, both on the same rows.
-
-    Takes the panel of `ic_table`.  A row per target and pair, in the order given: signal, benchmark, target,
-    horizon_us; n = rows with both signals and the target; ic, ic_benchmark over these rows;
-    diff = ic - ic_benchmark; diff_low, diff_high (95 %) from a circular block bootstrap that draws the same
-    blocks for every pair of a target; diff_p: normal, of diff over the standard deviation of its draws; thin
-    as in `judge`; then p_fdr and verdict of `judge_differences`.  Raises InputError as `ic_table`.
-    """
-    columns = [signal.column for pair in pairs for signal in pair] + [target.column for target in targets]
-    columns = list(dict.fromkeys(columns))
-    values, _ = on_grid(panel, columns, width_us)
-    grid = dict(zip(columns, values.T, strict=True))
-    rows = [row for target in targets for row in _difference_rows(grid, pairs, target, width_us, draws, seed)]
-    return judge_differences(pd.DataFrame(rows, columns=list(DIFFERENCE_COLUMNS)))
-
-
-def _difference_rows(
-    grid: dict[str, Floats],
-    pairs: Sequence[tuple[Signal, Signal]],
-    target: Target,
-    width_us: int,
-    draws: int,
-    seed: int,
-) -> list[dict[str, object]]:
-    horizon = -(-target.horizon_us // width_us)
-    span = _held(grid[target.column])
-    both = []
-    for pair in pairs:
-        ours, other = (grid[signal.column][span] for signal in pair)
-        known = np.isfinite(ours) & np.isfinite(other)
-        both += [_pair(np.where(known, x, np.nan), grid[target.column][span]) for x in (ours, other)]
-    sampled = np.full((draws, len(both)), np.nan)
-    if both and len(both[0].x):
-        sampled = bootstrap_ics(both, block_length(both, horizon), draws, seed)
-    rows = []
-    for i, (signal, benchmark) in enumerate(pairs):
-        mine, theirs = both[2 * i : 2 * i + 2]
-        row: dict[str, object] = {"signal": signal.name, "benchmark": benchmark.name, "target": target.name}
-        row |= {"horizon_us": target.horizon_us, "n": mine.n, "ic": mine.ic, "ic_benchmark": theirs.ic}
-        row |= _compared(both, sampled, 2 * i, 2 * i + 1)
-        rows.append(row | {"thin": _is_thin(mine, horizon) or _is_thin(theirs, horizon)})
-    return rows
-
-
-def judge_differences(table: pd.DataFrame) -> pd.DataFrame:
-    """Add `p_fdr` and `verdict` over all rows of the table: call it again on tables put together.
-
-    p_fdr: Benjamini-Hochberg of diff_p over the rows that are not thin and have one.  verdict: "thin";
-    "larger" or "smaller" where p_fdr < 0.05 and the interval excludes 0 on that side; "undecided" otherwise.
-    """
-    thin = table["thin"].to_numpy(bool)
-    p = table["diff_p"].to_numpy(np.float64)
-    p_fdr = np.full(len(table), np.nan)
-    tested = np.isfinite(p) & ~thin
-    if tested.any():
-        p_fdr[tested] = false_discovery_control(p[tested])
-    sure = p_fdr < LEVEL
-    verdict = np.select(
-        [thin, sure & (table["diff_low"] > 0), sure & (table["diff_high"] < 0)],
-        ["thin", "larger", "smaller"],
-        "undecided",
-    )
-    return table.assign(p_fdr=p_fdr, verdict=verdict)
-
-
-_SLICE_STATISTICS = ("ic", "rank_ic", "hac_se", "hac_t", "hac_p", "mde")
-SLICE_COLUMNS = (
-    "by",
-    "bucket",
-    "signal",
-    "target",
-    "horizon_us",
-    "n",
-    "share",
-    "ic",
-    "rank_ic",
-    "hac_se",
-    "hac_t",
-    "hac_p",
-    "mde",
-    "ci_low",
-    "ci_high",
-    "ic_rest",
-    "diff",
-    "diff_low",
-    "diff_high",
-    "diff_p",
-    "thin",
-)
-
-
-def slice_table(
-    panel: pd.DataFrame,
-    labels: Mapping[str, Sequence[object]],
-    signals: Sequence[Signal],
-    targets: Sequence[Target],
-    *,
-    width_us: int,
-    draws: int = 1000,
-    seed: int = 7,
-) -> pd.DataFrame:
-    """IC inside slices of time, each tested against the rest, for one symbol.
-
-    Parameters
-    ----------
-    panel : as for `ic_table`, with a column for each key of `labels`; rows without label are in no slice
-    labels : column of the panel -> its labels in the order wanted
-
-    Returns
-    -------
-    A row per (by, target, signal, bucket): by = column, bucket = label as text; n rows and share of all rows
-    with signal, target and a label; ic, rank_ic, hac_se, hac_t, hac_p, mde as in `ic_table`, places outside
-    the slice scoring 0, mean and variance those of the slice; ci_low, ci_high from a block bootstrap of the
-    whole time axis, which carries the slices along; ic_rest = IC over the rows with any other label;
-    diff = ic - ic_rest with diff_low, diff_high on the same blocks and the diff_p of `difference_table`
-    (with two labels the two rows say the same twice), null where the rest is thin; thin: fewer than
-    max(30, 20 (r + H - 1)) rows; p_fdr and verdict ("larger", "smaller") of `judge_differences`.
-    Raises InputError as `ic_table`.
-    """
-    columns = list(dict.fromkeys([s.column for s in signals] + [t.column for t in targets]))
-    values, ts = on_grid(panel, columns, width_us)
-    grid = dict(zip(columns, values.T, strict=True))
-    places = (panel["bucket_ts"].to_numpy(np.int64) - ts[0]) // width_us if len(ts) else ts
-    rows: list[dict[str, object]] = []
-    for by, names in labels.items():
-        codes = np.full(len(ts), -1)
-        codes[places] = pd.Categorical(panel[by], categories=list(names)).codes
-        for target in targets:
-            rows += [
-                {"by": by, "bucket": str(names[code])} | row
-                for code, row in _slice_rows(grid, codes, len(names), signals, target, width_us, draws, seed)
-            ]
-    return judge_differences(pd.DataFrame(rows, columns=list(SLICE_COLUMNS)))
-
-
-def _slices(x: Floats, y: Floats, codes: Ints, count: int) -> list[_Pair]:
-    """For each label the rows that have it, then the rows that have any other."""
-    pairs = []
-    for code in range(count):
-        rest = (codes >= 0) & (codes != code)
-        pairs += [_pair(np.where(mask, x, np.nan), y) for mask in (codes == code, rest)]
-    return pairs
-
-
-def _slice_rows(
-    grid: dict[str, Floats],
-    codes: Ints,
-    count: int,
-    signals: Sequence[Signal],
-    target: Target,
-    width_us: int,
-    draws: int,
-    seed: int,
-) -> list[tuple[int, dict[str, object]]]:
-    """Code of the label and its row, signal by signal; all on the same blocks."""
-    horizon = -(-target.horizon_us // width_us)
-    span = _held(grid[target.column])
-    y, codes = grid[target.column][span], codes[span]
-    pairs = [pair for signal in signals for pair in _slices(grid[signal.column][span], y, codes, count)]
-    sampled = np.full((draws, len(pairs)), np.nan)
-    if pairs and len(y):
-        # Slices come and go: the length that suits their scores alone may miss how long a sum persists.
-        longest = _capped(max(signal.rollup_bars for signal in signals), len(y))
-        sampled = bootstrap_ics(pairs, max(block_length(pairs, horizon), longest), draws, seed)
-    rows = []
-    for s, signal in enumerate(signals):
-        mine = range(2 * count * s, 2 * count * (s + 1), 2)
-        total = sum(pairs[at].n for at in mine)
-        for code, at in enumerate(mine):
-            row: dict[str, object] = {"signal": signal.name, "target": target.name}
-            row |= {"horizon_us": target.horizon_us, "n": pairs[at].n, "share": _ratio(pairs[at].n, total)}
-            statistics = _inference(pairs[at], horizon, signal.rollup_bars)
-            row |= {name: statistics[name] for name in _SLICE_STATISTICS}
-            row |= dict(zip(("ci_low", "ci_high"), _interval(sampled[:, at]), strict=True))
-            row |= {"ic_rest": pairs[at + 1].ic} | _compared(pairs, sampled, at, at + 1)
-            least = MIN_SPANS * (signal.rollup_bars + horizon - 1)
-            thin, alone = (not pair.usable or pair.n < max(MIN_ROWS, least) for pair in pairs[at : at + 2])
-            row |= {"thin": thin} | ({"diff_p": np.nan} if alone else {})
-            rows.append((code, row))
-    return rows
 
 
 def cluster_ic(
@@ -754,13 +542,13 @@ def _mean_row(rows: pd.DataFrame, width_us: int) -> dict[str, float]:
     rows = rows.groupby("bucket_ts", sort=True)[["n", "sum_bps"]].sum()
     rows = rows[rows["n"] > 0]
     trades, buckets = int(rows["n"].sum()), len(rows)
-    mean = _ratio(float(rows["sum_bps"].sum()), float(trades))
+    mean = ratio(float(rows["sum_bps"].sum()), float(trades))
     se = np.nan
     if buckets >= 3:
         places = (rows.index.to_numpy(np.int64) - int(rows.index[0])) // width_us
         residuals = np.zeros(int(places[-1]) + 1)
         residuals[places] = rows["sum_bps"].to_numpy() - mean * rows["n"].to_numpy()
-        lags = _capped(2 * horizon + 1, buckets)
+        lags = capped(2 * horizon + 1, buckets)
         se = float(np.sqrt(long_run_sum(residuals, lags) * buckets / (buckets - 1))) / trades
     return {
         "n": trades,
@@ -769,5 +557,5 @@ def _mean_row(rows: pd.DataFrame, width_us: int) -> dict[str, float]:
         "se_bps": se,
         "ci_low": mean - Z_95 * se,
         "ci_high": mean + Z_95 * se,
-        "t": _ratio(mean, se),
+        "t": ratio(mean, se),
     }

@@ -1,7 +1,7 @@
 """The evaluation of a taker-flow run: bars of all symbols in, every table of results out.
 
 Which signals are tested, against what, in which slices: the choices stand here, the statistics in
-`evaluation`, `quantiles`, `regression` and `portfolio`.
+`evaluation`, `differences`, `quantiles`, `regression` and `portfolio`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,9 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from clusterlob_gpu.config import format_duration
-from clusterlob_gpu.errors import InputError
-from clusterlob_gpu.evaluation import (
-    Signal,
-    Target,
-    difference_table,
-    ic_table,
-    judge,
-    judge_differences,
-    slice_table,
-)
+from clusterlob_gpu.differences import difference_table, judge_differences, slice_table
+from clusterlob_gpu.errors import ConfigError, InputError
+from clusterlob_gpu.evaluation import Signal, Target, ic_table, judge
 from clusterlob_gpu.flow_bars import FACTORS, ROLL_UPS
 from clusterlob_gpu.portfolio import Costs, backtest_tables
 from clusterlob_gpu.quantiles import DECILES, Edges, quantile_tables
@@ -120,16 +113,17 @@ def flow_tables(bars: pd.DataFrame, plan: FlowPlan) -> dict[str, pd.DataFrame]:
     Gives tables with `symbol` in front:
 
     - ic: `evaluation.ic_table`, benchmark = total flow of the same sum; p_fdr and verdict over all symbols.
-    - ic_differences: `evaluation.difference_table` of large less small and large less total flow.
+    - ic_differences: `differences.difference_table` of large less small and large less total flow.
     - quantiles, spreads: `quantiles.quantile_tables` of the HEADLINE signals.
     - regressions: `regression.regression_table` of the HEADLINE signals.
-    - regimes: `evaluation.slice_table` of the HEADLINE signals by REGIMES.
+    - regimes: `differences.slice_table` of the HEADLINE signals by REGIMES.
     - stability: the same by symbol (all bars), UTC month, volatility and liquidity; by "symbol" and with a
       single month the difference to the rest is null.
     - backtest, backtest_path: `portfolio.backtest_tables` of the HEADLINE signals.
 
-    A signal, control or regime that the bars do not have is left out; a missing target or mid is an
-    InputError that names it.  Symbols without bars give no rows.
+    A signal or regime that the bars do not have is left out, and so is a default control; a missing target
+    or mid is an InputError that names it, an unknown control of the plan a ConfigError.  Symbols without
+    bars give no rows.
     """
     panels = {str(symbol): _panel(mine) for symbol, mine in bars.groupby("symbol", sort=True)}
     if not panels:
@@ -184,9 +178,14 @@ def _symbol_tables(symbol: str, panel: pd.DataFrame, plan: FlowPlan) -> dict[str
 
 
 def _controls(panel: pd.DataFrame, plan: FlowPlan) -> list[str]:
-    if plan.controls is not None:
-        return list(plan.controls)
-    return [*CONTROLS, *(name for name in panel.columns if _MARKET_RETURN.fullmatch(name))]
+    usual = [*CONTROLS, *(name for name in panel.columns if _MARKET_RETURN.fullmatch(name))]
+    if plan.controls is None:
+        return usual
+    unknown = [name for name in plan.controls if name not in panel.columns]
+    if unknown:
+        known = ", ".join(name for name in usual if name in panel.columns)
+        raise ConfigError(f"controls = {unknown[0]!r}: no such column; name some of {known}")
+    return list(plan.controls)
 
 
 def _with_symbol(table: pd.DataFrame, symbol: str) -> pd.DataFrame:

@@ -151,7 +151,7 @@ def test_hac__matches_statsmodels_without_nulls() -> None:
 @pytest.mark.parametrize("block", [1, 7, 40])
 def test_bootstrap__matches_brute_force(block: int) -> None:
     x, y = with_nulls(np.random.default_rng(4), 120)
-    pairs = [ev._pair(x, y), ev._pair(-(y**3), y)]
+    pairs = [ev.pair_of(x, y), ev.pair_of(-(y**3), y)]
     got = ev.bootstrap_ics(pairs, block, 100, seed=5)
     np.testing.assert_allclose(got[:, 0], bootstrap_by_hand(x, y, block, 100, 5), atol=1e-10)
     np.testing.assert_allclose(got[:, 1], bootstrap_by_hand(-(y**3), y, block, 100, 5), atol=1e-10)
@@ -319,6 +319,11 @@ def test_false_discovery__corrects_over_predictive_rows_of_joined_tables() -> No
         "positive",
         "thin",
     ]
+    tiny = pd.DataFrame([{"hac_p": 1e-12, "predictive": True, **base, "thin": True}] * 4)
+    joined = judge(pd.concat([table, tiny], ignore_index=True))  # thin rows loosen nothing
+    assert joined["p_fdr"].tolist()[:4] == table["p_fdr"].tolist()[:4]
+    assert joined["p_fdr"].isna().tolist()[4:] == [True] * 6
+    assert joined["verdict"].tolist()[6:] == ["thin"] * 4
     disagreeing = judge(table.assign(ci_low=-0.01))
     assert disagreeing["verdict"].tolist() == ["undecided"] * 5 + ["thin"]
 

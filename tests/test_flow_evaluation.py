@@ -13,8 +13,9 @@ from rich.console import Console
 
 from clusterlob_gpu import flow_report
 from clusterlob_gpu.calibration import ROLLUPS, rejection_rates, rejections
-from clusterlob_gpu.errors import InputError
-from clusterlob_gpu.evaluation import Signal, Target, difference_table, ic_table, slice_table
+from clusterlob_gpu.differences import difference_table, slice_table
+from clusterlob_gpu.errors import ConfigError, InputError
+from clusterlob_gpu.evaluation import Signal, Target, ic_table
 from clusterlob_gpu.flow_evaluation import HEADLINE, LARGE, SMALL, TOTAL, FlowPlan, flow_signals, flow_tables
 from clusterlob_gpu.report import console_tables, render_run
 
@@ -229,6 +230,12 @@ def test_missing_columns__are_named() -> None:
         flow_tables(bars.drop(columns="mid"), plan())
     with pytest.raises(InputError, match="no rows"):
         flow_tables(bars.head(0), plan())
+
+
+def test_unknown_control__is_named_with_those_that_the_bars_have() -> None:
+    known = "spread_bps, ret_1h, ret_3h, ETHUSDT_ret_1h, ETHUSDT_ret_3h"
+    with pytest.raises(ConfigError, match=f"controls = 'nope': no such column; name some of {known}$"):
+        flow_tables(made_bars(1), plan(controls=("ret_1h", "nope")))
 
 
 def write_run(out: Path, tables: dict[str, pd.DataFrame], days: int, **more: object) -> Path:
