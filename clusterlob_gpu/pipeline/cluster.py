@@ -11,25 +11,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from clusterlob_gpu import bars, clustering, days, evaluation, features, returns
+from clusterlob_gpu import bars, clustering, days, evaluation, returns
 from clusterlob_gpu.clustering import Bounds, Fit, Model
 from clusterlob_gpu.config import ClusterConfig, format_duration
-from clusterlob_gpu.context import BookCarry
-from clusterlob_gpu.days import FeatureDay, LabelJob, LabelledDay, State, TrainDay, next_day, previous_day
+from clusterlob_gpu.days import FeatureDay, LabelJob, LabelledDay, TrainDay, next_day
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.lake.layout import day_of_us, day_start_us
 from clusterlob_gpu.lake.native import days_between
+from clusterlob_gpu.pipeline.carry import CarriedRun, prepare_states
 from clusterlob_gpu.pipeline.run import (
     Clock,
     Outcome,
     RunRequest,
-    SymbolRun,
     added,
-    carry_books,
     check_range,
     execute,
     missing_notes,
-    reduce_books,
 )
 from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES
 from clusterlob_gpu.store import RunDirectory
@@ -57,17 +54,15 @@ class Window:
 
 
 @dataclass
-class ClusterRun(SymbolRun):
+class ClusterRun(CarriedRun):
     """A symbol on its way through the stages of ClusterLOB."""
 
-    states: dict[date, State] = field(default_factory=dict)
     features: dict[date, FeatureDay] = field(default_factory=dict)
     models: list[Model] = field(default_factory=list)
     labelled: int = 0
     """Trades that a model has labelled."""
     unfitted: list[Window] = field(default_factory=list)
     """Windows of the walk-forward whose training days have too few trades."""
-    tails: dict[tuple[date, BookCarry | None], np.ndarray] = field(default_factory=dict)
 
 
 def check_request(request: ClusterRequest) -> list[ClusterRun]:
@@ -139,7 +134,7 @@ def _run_symbol(
 ) -> dict[str, pd.DataFrame]:
     """Every stage of one symbol: its result tables by name."""
     with clock.stage("book"):
-        _prepare_states(run, request, workers)
+        prepare_states(run, request, workers)
     with clock.stage("features"):
         _make_features(run, request, workers)
     centroids, flows, markouts, fits = [], [], [], []
@@ -180,54 +175,6 @@ def _run_symbol(
 
 def _front(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     return table[[*names, *(name for name in table.columns if name not in names)]]
-
-
-def _prepare_states(run: ClusterRun, request: ClusterRequest, workers: Workers) -> None:
-    """Reduce the books of the range and of the days around it, and carry the state over midnights.
-
-    Days before the range are added one by one until nothing earlier could alter the first state.
-    """
-    config, first, last = request.config, request.start, request.end
-    reach = max(config.reach, 2 * config.bucket, max(returns.MARKOUTS_US))
-    last_needed = day_of_us(day_start_us(next_day(last)) + reach)
-    reduce_books(run, request, days_between(first, last_needed), "book", workers)
-    earliest = first
-    while True:
-        carry_books(run, earliest)
-        _carry_tails(run, request, days_between(earliest, last), workers)
-        before = previous_day(earliest)
-        if _settled(run, config, earliest, first):
-            break
-        reduce_books(run, request, [before], "book before", workers)
-        earliest = before
-
-
-def _carry_tails(run: ClusterRun, request: ClusterRequest, chain: list[date], workers: Workers) -> None:
-    """State at the start of every day of a chain, from the tails of the days before that have trades."""
-    traded = [day for day in chain[:-1] if run.lake.has("trades", day)]
-    run.trade_days |= set(traded)
-    unknown = [day for day in traded if (day, run.carries.get(day)) not in run.tails]
-    tasks = [(run.job(request, day), run.books.get(day), run.carries.get(day)) for day in unknown]
-    for day, found in zip(unknown, workers.map("tails", days.own_tail, tasks), strict=True):
-        run.tails[day, run.carries.get(day)] = found
-    own = {day: run.tails[day, run.carries.get(day)] for day in traded}
-    nothing = np.empty((len(FEATURES), 0))
-    window = request.config.window
-    tail, run.states = nothing, {}
-    for day in chain:
-        run.states[day] = State(run.carries.get(day), tail)
-        tail = features.last_columns(tail, own[day], window) if day in own else nothing
-
-
-def _settled(run: ClusterRun, config: ClusterConfig, earliest: date, first: date) -> bool:
-    """Whether no day before `earliest` could alter the state at the start of the range."""
-    state = run.states[first]
-    around = days_between(previous_day(earliest), previous_day(first))
-    book_ends = any(not run.lake.has(config.book, day) for day in around)
-    trades_end = any(not run.lake.has("trades", day) for day in around)
-    book_known = book_ends or (state.book is not None and state.book.complete)
-    full = state.tail.shape[1] == config.window - 1 and not np.isnan(state.tail).any()
-    return book_known and (full or (trades_end and book_ends))
 
 
 def _make_features(run: ClusterRun, request: ClusterRequest, workers: Workers) -> None:

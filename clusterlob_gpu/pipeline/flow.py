@@ -18,17 +18,16 @@ from clusterlob_gpu.errors import LakeError
 from clusterlob_gpu.flow_days import BarJob, TradeDay
 from clusterlob_gpu.lake.layout import day_of_us, day_start_us
 from clusterlob_gpu.lake.native import days_between, open_symbol
+from clusterlob_gpu.pipeline.carry import carry_books, reduce_books
 from clusterlob_gpu.pipeline.run import (
     Clock,
     Outcome,
     RunRequest,
     SymbolRun,
     added,
-    carry_books,
     check_range,
     execute,
     missing_notes,
-    reduce_books,
 )
 from clusterlob_gpu.portfolio import Costs
 from clusterlob_gpu.schema import US_PER_DAY

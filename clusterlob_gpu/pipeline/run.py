@@ -19,11 +19,11 @@ from typing import Any, Generic
 
 import pandas as pd
 
-from clusterlob_gpu import __version__, context, days, report
+from clusterlob_gpu import __version__, report
 from clusterlob_gpu.clustering import Model
 from clusterlob_gpu.config import Config, RunConfig, config_hash
 from clusterlob_gpu.context import BookCarry
-from clusterlob_gpu.days import BookDay, DayJob, next_day
+from clusterlob_gpu.days import BookDay, DayJob
 from clusterlob_gpu.errors import InputError, LakeError
 from clusterlob_gpu.lake.native import SymbolLake, days_between, open_symbol
 from clusterlob_gpu.store import RunDirectory, append_ledger
@@ -149,26 +149,6 @@ def _check_symbol(request: RunRequest[RunConfig], name: str) -> SymbolRun:
     if not wanted:
         raise LakeError(f"{lake.absent(gaps[missing[0]][0], missing[0])}; no day of the range is left")
     return SymbolRun(lake, wanted, missing)
-
-
-def reduce_books(
-    run: SymbolRun, request: RunRequest[RunConfig], held: Sequence[date], stage: str, workers: Workers
-) -> None:
-    """Reduce the books of the days that the lake has of `held`."""
-    jobs = [run.job(request, day) for day in held if run.lake.has(request.config.book, day)]
-    run.books |= {book.day: book for book in workers.map(stage, days.reduce_book, jobs)}
-
-
-def carry_books(run: SymbolRun, earliest: date) -> None:
-    """Book state at the start of every day from `earliest` on; a missing day breaks the chain."""
-    carry: BookCarry | None = None
-    run.carries = {}
-    last = max(run.books)
-    for day in days_between(earliest, last):
-        run.carries[day] = carry
-        book = run.books.get(day)
-        carry = context.fold(carry, book.summary) if book else None
-    run.carries[next_day(last)] = carry
 
 
 def execute(
