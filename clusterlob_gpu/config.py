@@ -229,6 +229,13 @@ class FlowConfig(RunConfig):
         _require_bars("bar", self.bar)
         if not self.horizons or len(set(self.horizons)) != len(self.horizons):
             raise ValueError(f"horizons = {self.horizons}: give one or more, each once")
+        uneven = [h for h in self.horizons if h % self.bar]
+        if uneven:
+            raise ValueError(
+                f"horizons: {format_duration(uneven[0])} is not a multiple of bar = {format_duration(self.bar)}"
+            )
+        if len(set(self.settings)) < len(self.settings):
+            raise ValueError("variants: each setting once, and none like the main one")
         for _, large, small in self.settings:
             if not 0 < small <= large < 1:
                 raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from clusterlob_gpu import context, controls, flow_bars, flow_kernels, schema, thresholds
+from clusterlob_gpu import context, controls, flow_bars, flow_kernels, kernels, schema, thresholds
 from clusterlob_gpu.config import FlowConfig, format_duration
 from clusterlob_gpu.context import BookCarry
 from clusterlob_gpu.days import BookDay, DayJob, book_rows, previous_day
@@ -22,7 +22,9 @@ from clusterlob_gpu.schema import SIDE_SELL
 from clusterlob_gpu.store import Store, artefact_key, load_column, save_columns, source_hash
 from clusterlob_gpu.thresholds import NEVER_LARGE, NEVER_SMALL, Cuts, Sizes, ThresholdRule
 
-FLOW_CODE = source_hash(__file__, [flow_kernels, flow_bars, thresholds, native, symbols, layout, schema])
+FLOW_CODE = source_hash(
+    __file__, [kernels, flow_kernels, flow_bars, thresholds, native, symbols, layout, schema]
+)
 
 FlowDay = DayJob[FlowConfig]
 
@@ -159,9 +161,9 @@ VARIANT_COLUMNS = ("flow_imbalance_large", "flow_imbalance_small", "flow_share_l
 
 
 def variant_name(setting: tuple[int, float, float]) -> str:
-    """Name of a threshold setting, such as 24h/0.8/0.3."""
+    """Name of a threshold setting, such as 3d/0.85/0.5."""
     window, large, small = setting
-    return f"{format_duration(window)}/{large:g}/{small:g}"
+    return f"{format_duration(window)}/{large!r}/{small!r}"
 
 
 def book_states(task: tuple[FlowDay, BookDay, BookCarry | None, np.ndarray]) -> pd.DataFrame:

@@ -6,7 +6,8 @@ those of a trailing window.  A bar's own day moves no edge that the bar is compa
 - Null signal: no quantile; counted as `null`.
 - Signal exactly 0, nobody traded or buys equal sells: quantile 0, apart; it moves no edge.
 - Fewer than `min_rows` past values: no quantile; counted as `warmup`.
-- A value that equals edges: the middle of the quantiles that it touches, the lower of two middles.
+- A value that equals edges: the outermost quantile if it touches one of the two (a flow of +1 or -1 is common
+  where bars are thin), else the middle of those that it touches, the lower of two middles.
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ def assign_quantiles(signal: Floats, ts: Ints, width_us: int, edges: Edges) -> I
     below = (mine < signal[:, None]).sum(axis=1)
     not_above = (mine <= signal[:, None]).sum(axis=1)
     ready = np.isfinite(signal) & np.isfinite(mine).all(axis=1)
-    quantile = np.where(ready, 1 + (below + not_above) // 2, NO_QUANTILE)
+    middle = 1 + (below + not_above) // 2
+    lowest, highest = below == 0, not_above == edges.count - 1
+    outer = np.where(lowest, 1, edges.count)
+    quantile = np.where(ready, np.where(lowest != highest, outer, middle), NO_QUANTILE)
     return np.where(ready & (signal == 0), ZERO_FLOW, quantile).astype(np.int64)
 
 

@@ -48,7 +48,9 @@ def assigned_by_hand(x: np.ndarray, ts: np.ndarray, edges: Edges) -> list[int]:
             for q in range(1, edges.count + 1)
             if (q == 1 or cuts[q - 2] <= x[t]) and (q == edges.count or x[t] <= cuts[q - 1])
         ]
-        out.append(0 if x[t] == 0 else touched[(len(touched) - 1) // 2])
+        outer = {1, edges.count} & set(touched)
+        place = outer.pop() if len(outer) == 1 else touched[(len(touched) - 1) // 2]
+        out.append(0 if x[t] == 0 else place)
     return out
 
 
@@ -83,6 +85,22 @@ def test_ties__take_the_middle_and_zero_moves_no_edge() -> None:
     assert np.isnan(plain).all()  # the first day has no past
     _, with_zeros = past_edges(np.concatenate([np.zeros(288), past, [1.0]]), grid(577), WIDTH, Edges(count=4))
     assert with_zeros[2].tolist() == [1.75, 2.5, 3.25]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.12, 0.25])
+def test_ends__that_many_share_fill_the_outer_quantiles_alike(share: float) -> None:
+    n = 20 * 288
+    rng = np.random.default_rng(5)
+    x = rng.uniform(-1, 1, n)
+    at = rng.random(n)
+    x[at < share], x[at > 1 - share] = -1.0, 1.0
+    up, down = (assign_quantiles(sign * x, grid(n), WIDTH, Edges()) for sign in (1, -1))
+    ready = up > 0
+    inside = ready & (np.abs(x) < 1)
+    assert (up[ready & (x == 1)] == 10).all()
+    assert (up[ready & (x == -1)] == 1).all()
+    np.testing.assert_array_equal(up[inside], 11 - down[inside])
+    assert min((up == 1).sum(), (up == 10).sum()) >= 0.08 * ready.sum()
 
 
 def test_future__changes_no_quantile_before_it() -> None:

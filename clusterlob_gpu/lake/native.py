@@ -148,7 +148,16 @@ class SymbolLake:
 
     def read_ticker(self, day: date, names: list[str]) -> dict[str, np.ndarray]:
         """Columns of the day's `derivative_ticker`, float64 with NaN for null, and ts_local_us."""
-        return self._ordered("derivative_ticker", day, names)
+        parts = self._parts("derivative_ticker", day)
+        if not parts:
+            raise LakeError(self.absent("derivative_ticker", day))
+        # Some lakes keep no file and line for this table: then time alone orders it.
+        there = pq.read_schema(parts[0].path).names
+        keys = tuple(name for name in _ORDER if name in there)
+        chunks = list(self._scalars(parts, day, names, keys))
+        columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        order = np.lexsort([columns[name] for name in reversed(keys)])
+        return {name: values[order] for name, values in columns.items()}
 
     def _ordered(
         self, table: str, day: date, names: list[str], parts: list[_Part] | None = None
@@ -183,10 +192,12 @@ class SymbolLake:
             "Shorten the range, set on_bad_day=skip, or list the gaps with `clusterlob check`"
         )
 
-    def _scalars(self, parts: list[_Part], day: date, names: list[str]) -> Iterator[dict[str, np.ndarray]]:
+    def _scalars(
+        self, parts: list[_Part], day: date, names: list[str], order: tuple[str, ...] = _ORDER
+    ) -> Iterator[dict[str, np.ndarray]]:
         """Plain columns of every part, filtered to the symbol, integers in common units."""
         for path, groups in parts:
-            columns = [*_ORDER, "symbol_id", *names]
+            columns = [*order, "symbol_id", *names]
             table_ = _read(path, groups, columns)
             chunk = {name: _column(table_[name], path, name) for name in columns}
             mask = self._mine(chunk["symbol_id"])
@@ -345,6 +356,8 @@ def _column(column: pa.ChunkedArray, path: Path, name: str) -> np.ndarray:
 
 def numeric_ids(ids: pa.ChunkedArray) -> np.ndarray:
     """Trade ids as int64; NO_ID for one that is not a plain decimal number of 1 to 18 digits."""
+    if not pa.types.is_string(ids.type):
+        ids = ids.cast(pa.string())
     short = pc.less_equal(pc.binary_length(ids), 18)
     plain = pc.fill_null(pc.and_(short, pc.and_(pc.string_is_ascii(ids), pc.utf8_is_decimal(ids))), False)
     return pc.if_else(plain, ids, str(NO_ID)).cast(pa.int64()).to_numpy()

@@ -38,6 +38,7 @@ def reduce_books(
 ) -> None:
     """Reduce the books of the days that the lake has of `held`."""
     jobs = [run.job(request, day) for day in held if run.lake.has(request.config.book, day)]
+    run.has_read(request.config.book, [job.day for job in jobs])
     run.books |= {book.day: book for book in workers.map(stage, days.reduce_book, jobs)}
 
 
@@ -78,7 +79,7 @@ def _carry_tails(
 ) -> None:
     """State at the start of every day of a chain, from the tails of the days before that have trades."""
     traded = [day for day in chain[:-1] if run.lake.has("trades", day)]
-    run.trade_days |= set(traded)
+    run.has_read("trades", traded)
     unknown = [day for day in traded if (day, run.carries.get(day)) not in run.tails]
     tasks = [(run.job(request, day), run.books.get(day), run.carries.get(day)) for day in unknown]
     for day, found in zip(unknown, workers.map("tails", days.own_tail, tasks), strict=True):

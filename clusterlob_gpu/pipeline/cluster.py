@@ -179,7 +179,7 @@ def _front(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
 
 def _make_features(run: ClusterRun, request: ClusterRequest, workers: Workers) -> None:
     tasks = [(run.job(request, day), run.books[day], run.states[day]) for day in run.wanted]
-    run.trade_days |= set(run.wanted)
+    run.has_read("trades", run.wanted)
     made = workers.map("features", days.make_features, tasks)
     run.features = {day.day: day for day in made}
 

@@ -27,6 +27,7 @@ from clusterlob_gpu.pipeline.run import (
     added,
     check_range,
     execute,
+    fingerprint,
     missing_notes,
 )
 from clusterlob_gpu.portfolio import Costs
@@ -55,8 +56,9 @@ def run_flow(request: FlowRequest, workers: Workers) -> Path:
     runs = [FlowRun(run.lake, run.wanted, run.missing) for run in check_range(request)]
 
     def compute(_: RunDirectory, clock: Clock) -> Outcome:
-        markets = _markets(request, runs, workers, clock)
-        bars = pd.concat([_bars(run, request, markets, workers, clock) for run in runs], ignore_index=True)
+        markets = _markets(request, workers, clock)
+        mids = {name: series for name, (_, series) in markets.items()}
+        bars = pd.concat([_bars(run, request, mids, workers, clock) for run in runs], ignore_index=True)
         with clock.stage("evaluate"):
             tables = flow_evaluation.flow_tables(bars, _plan(request.config))
             if request.config.variants:
@@ -65,7 +67,8 @@ def run_flow(request: FlowRequest, workers: Workers) -> Path:
             "sample": "out_of_sample",
             "rows": {run.name: _row_counts(run, request) for run in runs},
             "large_set": _large_sets(bars, runs, request, workers),
-            "notes": _notes(request, runs, markets),
+            "notes": _notes(request, runs, mids),
+            "markets": {name: fingerprint(run) for name, (run, _) in markets.items()},
         }
         return Outcome({"features": bars} | tables, summary, _headline(tables["ic"]))
 
@@ -149,7 +152,7 @@ def _bar_table(run: FlowRun, request: FlowRequest, unit: str, workers: Workers) 
     asked = days_between(min(earliest, sized_from), last)
     held = [day for day in asked if run.lake.has("trades", day)]
     tasks = [(run.job(request, day), unit) for day in held]
-    run.trade_days |= set(held)
+    run.has_read("trades", held)
     made = workers.map("trades", flow_days.reduce_trades, tasks)
     trades = run.trades[unit] = {day.day: day for day in made}
     jobs = []
@@ -185,42 +188,58 @@ def _states(run: SymbolRun, request: FlowRequest, starts: np.ndarray, workers: W
     config = request.config
     prices = controls.price_times(starts, config.bar, config.horizons)
     times = np.union1d(prices, controls.state_times(starts, config.bar))
-    deciding = returns.day_before(times)
-    books: list[tuple[Any, ...]] = []
-    tickers: list[tuple[Any, ...]] = []
-    for number in np.unique(deciding):
-        day = day_of_us(int(number) * US_PER_DAY)
-        mine, job = times[deciding == number], run.job(request, day)
-        if day in run.books:
-            books.append((job, run.books[day], run.carries.get(day), mine))
-        if run.lake.has("derivative_ticker", day):
-            tickers.append((job, mine))
-    parts = workers.map("states", flow_days.book_states, books)
+    return _book_states(run, request, times, workers).join(_ticker_states(run, request, times, workers))
+
+
+def _book_states(run: SymbolRun, request: FlowRequest, times: np.ndarray, workers: Workers) -> pd.DataFrame:
+    tasks = [
+        (run.job(request, day), run.books[day], run.carries.get(day), mine)
+        for day, mine in _by_deciding_day(times)
+        if day in run.books
+    ]
+    parts = workers.map("states", flow_days.book_states, tasks)
     columns = ["mid2", *controls.BOOK_CONTROLS]
-    book = pd.concat(parts) if parts else pd.DataFrame(columns=columns, dtype=np.float64)
-    ticks = workers.map("states", flow_days.ticker_states, tickers)
+    table = pd.concat(parts) if parts else pd.DataFrame(columns=columns, dtype=np.float64)
+    return table.reindex(times)
+
+
+def _ticker_states(run: SymbolRun, request: FlowRequest, times: np.ndarray, workers: Workers) -> pd.DataFrame:
+    table = "derivative_ticker"
+    tasks = [
+        (run.job(request, day), mine) for day, mine in _by_deciding_day(times) if run.lake.has(table, day)
+    ]
+    for job, _ in tasks:
+        run.has_read(table, [d for d in (previous_day(job.day), job.day) if run.lake.has(table, d)])
+    parts = workers.map("states", flow_days.ticker_states, tasks)
     names = list(controls.TICKER_CONTROLS)
-    ticker = pd.concat(ticks) if ticks else pd.DataFrame(columns=names, dtype=np.float64)
-    return book.reindex(times).join(ticker.reindex(times))
+    states = pd.concat(parts) if parts else pd.DataFrame(columns=names, dtype=np.float64)
+    return states.reindex(times)
 
 
-def _markets(
-    request: FlowRequest, runs: Sequence[FlowRun], workers: Workers, clock: Clock
-) -> dict[str, pd.Series]:
-    """Mids, by time, of the market symbols that the lake has."""
+def _by_deciding_day(times: np.ndarray) -> list[tuple[date, np.ndarray]]:
+    """Sorted times (us), cut by the day that decides what is known at them."""
+    deciding = returns.day_before(times)
+    return [(day_of_us(int(n) * US_PER_DAY), times[deciding == n]) for n in np.unique(deciding)]
+
+
+def _markets(request: FlowRequest, workers: Workers, clock: Clock) -> dict[str, tuple[SymbolRun, pd.Series]]:
+    """The market symbols that the lake has, and their mids by time."""
     found = {}
-    start = day_start_us(request.start - _LOOKBACK)
-    stop = day_start_us(next_day(request.end))
+    start, stop = day_start_us(request.start), day_start_us(next_day(request.end))
     starts = np.arange(start, stop, request.config.bar, dtype=np.int64)
+    times = controls.price_times(starts, request.config.bar, ())
+    # One day more than the times ask for: the book that stood at the first midnight.
+    days_ = days_between(previous_day(day_of_us(int(times[0]) - 1)), request.end)
     for name in request.config.markets:
-        mine = [run for run in runs if run.name == name]
         try:
-            run: SymbolRun = mine[0] if mine else _market_run(request, name)
+            run = _market_run(request, name)
         except LakeError:
             continue
         with clock.stage("book"):
-            _reduce_books(run, request, workers)
-            found[name] = _states(run, request, starts, workers)["mid2"]
+            reduce_books(run, request, days_, "book", workers)
+            if run.books:
+                carry_books(run, min(run.books))
+            found[name] = (run, _book_states(run, request, times, workers)["mid2"])
     return found
 
 
@@ -256,8 +275,9 @@ def _large_sets(
         found[run.name] = {config.unit: flow_bars.large_set(mine)}
         if config.unit == "order":
             plain = _bar_table(run, request, "trade", workers)
-            plain = plain[plain["bar_ts"].isin(mine["bar_ts"])]
-            found[run.name]["trade"] = flow_bars.large_set(plain)
+            both = mine[mine["large_count"].notna()].merge(plain[plain["large_count"].notna()], on="bar_ts")
+            for unit, table in ((config.unit, mine), ("trade", plain)):
+                found[run.name][unit] = flow_bars.large_set(table[table["bar_ts"].isin(both["bar_ts"])])
     return found
 
 
@@ -267,8 +287,12 @@ def _notes(request: FlowRequest, runs: Sequence[FlowRun], markets: Mapping[str, 
     if absent:
         notes.append(f"the lake has no {', '.join(absent)} of {request.exchange}: no such market control")
     for run in runs:
-        if not any(run.lake.has("derivative_ticker", day) for day in request.days):
-            notes.append(f"{run.name}: no derivative_ticker, so open interest and funding are null")
+        gaps = [day for day in request.days if not run.lake.has("derivative_ticker", day)]
+        if gaps:
+            when = "" if len(gaps) == len(request.days) else f" on {', '.join(map(str, gaps))}"
+            notes.append(
+                f"{run.name}: no derivative_ticker{when}, so open interest and funding are null there"
+            )
     return notes
 
 

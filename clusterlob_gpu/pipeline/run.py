@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
@@ -78,13 +78,17 @@ class SymbolRun:
     books: dict[date, BookDay] = field(default_factory=dict)
     carries: dict[date, BookCarry | None] = field(default_factory=dict)
     """Book state at the start of each day."""
-    trade_days: set[date] = field(default_factory=set)
-    """Days whose trades the run has read."""
+    read: dict[str, set[date]] = field(default_factory=dict)
+    """Days that the run has read, by table."""
 
     @property
     def name(self) -> str:
         """Name of the instrument."""
         return self.lake.symbol.name
+
+    def has_read(self, table: str, days_: Iterable[date]) -> None:
+        """Take note of days that were read."""
+        self.read.setdefault(table, set()).update(days_)
 
     def job(self, request: RunRequest[Config], day: date) -> DayJob[Config]:
         """What the tasks of a day need to know."""
@@ -203,7 +207,7 @@ def _summary(
         "machine": {"cores": os.cpu_count(), "system": platform.system(), "machine": platform.machine()},
         "lake": {
             "path": str(request.lake),
-            "fingerprint": {run.name: _fingerprint(run, request) for run in runs},
+            "fingerprint": {run.name: fingerprint(run) for run in runs},
         },
         "timings": clock.stages,
         "seconds": clock.seconds,
@@ -218,17 +222,16 @@ def _versions() -> dict[str, str]:
     return python | {name: metadata.version(name) for name in names}
 
 
-def _fingerprint(run: SymbolRun, request: RunRequest[RunConfig]) -> str:
+def fingerprint(run: SymbolRun) -> str:
     """Hash of all lake files that the run has read, those of the days around the range included."""
-    read = {"trades": run.trade_days, request.config.book: set(run.books)}
-    return config_hash({f"{t} {d}": run.lake.fingerprint(t, d) for t, days_ in read.items() for d in days_})
+    return config_hash({f"{t} {d}": run.lake.fingerprint(t, d) for t, ds in run.read.items() for d in ds})
 
 
 def missing_notes(runs: Sequence[SymbolRun]) -> list[str]:
     """A note per symbol whose range has days without trades or book."""
     return [
         f"{run.name}: the lake has no trades or no book on {', '.join(map(str, run.missing))}; "
-        "those buckets are null"
+        "what needs them is null there"
         for run in runs
         if run.missing
     ]
