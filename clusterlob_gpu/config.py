@@ -231,9 +231,8 @@ class FlowConfig(RunConfig):
             raise ValueError(f"horizons = {self.horizons}: give one or more, each once")
         uneven = [h for h in self.horizons if h % self.bar]
         if uneven:
-            raise ValueError(
-                f"horizons: {format_duration(uneven[0])} is not a multiple of bar = {format_duration(self.bar)}"
-            )
+            first, bar = format_duration(uneven[0]), format_duration(self.bar)
+            raise ValueError(f"horizons: {first} is not a multiple of bar = {bar}")
         if len(set(self.settings)) < len(self.settings):
             raise ValueError("variants: each setting once, and none like the main one")
         for _, large, small in self.settings:

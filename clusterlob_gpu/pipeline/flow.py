@@ -290,9 +290,7 @@ def _notes(request: FlowRequest, runs: Sequence[FlowRun], markets: Mapping[str, 
         gaps = [day for day in request.days if not run.lake.has("derivative_ticker", day)]
         if gaps:
             when = "" if len(gaps) == len(request.days) else f" on {', '.join(map(str, gaps))}"
-            notes.append(
-                f"{run.name}: no derivative_ticker{when}, so open interest and funding are null there"
-            )
+            notes.append(f"{run.name}: no derivative_ticker{when}, so open interest and funding are null")
     return notes
 
 
