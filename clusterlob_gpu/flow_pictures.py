@@ -13,12 +13,22 @@ from matplotlib.figure import Figure
 
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.flow_evaluation import LARGE, SMALL, TOTAL
-from clusterlob_gpu.pictures import FAINT, INK, count_range, dates, frame, legend, offsets, plain
+from clusterlob_gpu.pictures import (
+    BAND,
+    FAINT,
+    INK,
+    count_range,
+    dates,
+    frame,
+    ic_bar,
+    legend,
+    offsets,
+    plain,
+)
 
 COLOURS = {LARGE: "#cc6644", SMALL: "#4477aa", TOTAL: "#3c4450"}
 NAMES = {LARGE: "large", SMALL: "small", TOTAL: "total"}
 SUFFIXES = ("", "_sum_30m", "_sum_1h", "_sum_3h")
-_BAND = "#e3e7ec"
 _WHISKERS = "Whiskers: 95 % block bootstrap."
 _THIN = "Hollow: too thin to judge."
 
@@ -31,6 +41,8 @@ class FlowView:
     info: dict[str, Any]
     """run.json"""
     tables: dict[str, pd.DataFrame]
+    tests: dict[str, int]
+    """By table, the rows of all symbols together for which p was corrected."""
 
     @property
     def targets(self) -> list[str]:
@@ -84,7 +96,7 @@ def ic_bars(view: FlowView) -> Figure:
     shown = rows[rows["signal"].isin([f"{factor}{suffix}" for factor in NAMES for suffix in SUFFIXES])]
     caption = (
         f"n = {count_range(shown['n'])} bars of {view.info['config']['bar']}. {_WHISKERS} "
-        "Grey band: IC too small to be found with 80 % power."
+        f"Grey band: IC too small to be found with 80 % power. {_THIN}"
     )
     figure = _title(view, "IC of taker flow by size of trade", caption, 3.8)
     panels = figure.subplots(1, len(view.targets), sharey=True, squeeze=False)[0]
@@ -93,7 +105,8 @@ def ic_bars(view: FlowView) -> Figure:
         for x, suffix in enumerate(SUFFIXES):
             for factor in NAMES:
                 for _, row in view.rows("ic", target=target, signal=f"{factor}{suffix}").iterrows():
-                    _ic_bar(axes, x + shifts[factor], row, factor, x == 0)
+                    label = NAMES[factor] if x == 0 else None
+                    ic_bar(axes, x + shifts[factor], row, COLOURS[factor], width=0.2, band=0.26, label=label)
         plain(axes, "IC (Pearson)" if target == view.targets[0] else "")
         axes.set_title(target, fontsize=9.5, loc="left")
         kinds = [
@@ -102,13 +115,6 @@ def ic_bars(view: FlowView) -> Figure:
         axes.set_xticks(range(len(SUFFIXES)), kinds, fontsize=8)
     legend(panels[-1], 3)
     return figure
-
-
-def _ic_bar(axes: Axes, x: float, row: pd.Series, factor: str, named: bool) -> None:
-    axes.fill_between([x - 0.13, x + 0.13], -row["mde"], row["mde"], color=_BAND, linewidth=0)
-    label = NAMES[factor] if named else None
-    axes.bar(x, row["ic"], width=0.2, color=COLOURS[factor], alpha=0.85, label=label)
-    axes.vlines(x, row["ci_low"], row["ci_high"], color=INK, linewidth=1.2)
 
 
 def ic_factors(view: FlowView) -> Figure:
@@ -125,7 +131,8 @@ def ic_factors(view: FlowView) -> Figure:
         for y, factor in enumerate(reversed(factors)):
             row = rows.loc[f"{factor}{suffix}"]
             colour = COLOURS.get(factor, "#77808c")
-            axes.fill_betweenx([y - 0.4, y + 0.4], -row["mde"], row["mde"], color=_BAND, linewidth=0)
+            mde = min(row["mde"], 1.0)
+            axes.fill_betweenx([y - 0.4, y + 0.4], -mde, mde, color=BAND, linewidth=0)
             axes.hlines(y, row["ci_low"], row["ci_high"], color=colour, linewidth=1.5)
             face = "white" if row["thin"] else colour
             axes.plot(row["ic"], y, "o", markersize=5, color=colour, markerfacecolor=face)

@@ -60,11 +60,12 @@ def read_run(out: Path) -> tuple[dict[str, Any], list[FlowView]]:
     """run.json, and the tables of every symbol that has bars; raises InputError naming a missing file."""
     info = page.read_info(out)
     tables = {name: page.read_results(Path(out), name) for name in TABLES}
+    tests = {name: int(tables[name]["p_fdr"].notna().sum()) for name in ("ic", "regimes")}
     views = []
     for symbol in info["symbols"]:
         mine = {name: table[table["symbol"] == symbol] for name, table in tables.items()}
         if len(mine["ic"]):
-            views.append(FlowView(symbol, info, mine))
+            views.append(FlowView(symbol, info, mine, tests))
     return info, views
 
 
@@ -83,6 +84,7 @@ def findings(view: FlowView) -> list[str]:
         *_book_words(view),
         *_test_words(view),
         *_size_words(view),
+        *_row_words(view),
     ]
 
 
@@ -176,7 +178,7 @@ def _slice_words(view: FlowView, table: str) -> list[str]:
     if not tested:
         return []
     if sure.empty:
-        return [f"No regime differs from the rest in IC after correction for {tested} comparisons."]
+        return [f"No regime differs from the rest in IC after {_corrected(view, table, tested)}."]
     listed = "; ".join(
         f"{signal_name(row['signal'])} on {row['target']}, {_slice_name(row)}: {row['ic']:+.3f} against "
         f"{row['ic_rest']:+.3f}"
@@ -184,9 +186,14 @@ def _slice_words(view: FlowView, table: str) -> list[str]:
     )
     more = "; and others" if len(sure) > 4 else ""
     return [
-        f"{len(sure)} of {tested} comparisons of a regime with the rest hold after correction: "
-        f"{listed}{more}."
+        f"{len(sure)} of {tested} comparisons of a regime with the rest hold after "
+        f"{_corrected(view, table, tested)}: {listed}{more}."
     ]
+
+
+def _corrected(view: FlowView, table: str, mine: int) -> str:
+    tests = view.tests[table]
+    return f"correction for {tests} tests" + (" of all symbols" if mine < tests else "")
 
 
 def _slice_name(row: pd.Series) -> str:
@@ -226,7 +233,10 @@ def _test_words(view: FlowView) -> list[str]:
     sure = rows[rows["verdict"].isin(["positive", "negative"])]
     words = []
     if tests and sure.empty:
-        words.append(f"None of the {tests} ICs of all factors and sums differs from zero after correction.")
+        words.append(
+            f"None of the {tests} ICs of all factors and sums differs from zero after "
+            f"{_corrected(view, 'ic', tests)}."
+        )
     elif tests:
         best = sure.reindex(sure["hac_p"].sort_values(kind="stable").index).head(5)
         listed = "; ".join(
@@ -235,7 +245,10 @@ def _test_words(view: FlowView) -> list[str]:
             for _, row in best.iterrows()
         )
         more = "; and others" if len(sure) > 5 else ""
-        words.append(f"{len(sure)} of {tests} ICs differ from zero after correction: {listed}{more}.")
+        words.append(
+            f"{len(sure)} of {tests} ICs differ from zero after {_corrected(view, 'ic', tests)}: "
+            f"{listed}{more}."
+        )
     thin = int((rows["verdict"] == "thin").sum())
     if thin:
         words.append(f"{thin} of {len(rows)} ICs are too thin to judge: constant, or too few bars.")
@@ -253,6 +266,21 @@ def _size_words(view: FlowView) -> list[str]:
     return [f"Large were {', against '.join(shares)}."] if shares else []
 
 
+def _row_words(view: FlowView) -> list[str]:
+    rows = view.info.get("rows", {}).get(view.symbol)
+    if not rows or not rows["trades"]:
+        return []
+    trades, unknown, orders = (int(rows[name]) for name in ("trades", "side_unknown", "orders"))
+    words = f"{trades:,} trades were used"
+    if orders < trades:
+        words += f", put together to {orders:,} orders"
+    words += f"; {unknown:,} of unknown side count as volume, in no imbalance." if unknown else "."
+    skipped = page.counted(rows["book_skipped"])
+    if skipped:
+        words += f" Of {int(rows['book_rows']):,} book rows these were no valid book and skipped: {skipped}."
+    return [words]
+
+
 # ---- tables
 
 
@@ -265,6 +293,7 @@ def ic_rows(view: FlowView) -> list[dict[str, str]]:
             "target": str(row["target"]),
             "n": number(row["n"], ",.0f"),
             "IC": number(row["ic"], "+.4f"),
+            "verdict": str(row["verdict"]),
             "95 % interval": interval(row, "ci_low", "ci_high", "+.3f"),
             "rank IC": number(row["rank_ic"], "+.4f"),
             "HAC t": number(row["hac_t"], "+.2f"),
@@ -274,7 +303,6 @@ def ic_rows(view: FlowView) -> list[dict[str, str]]:
             "n eff.": number(row["n_eff"], ",.0f"),
             "every H-th bar": number(row["non_overlap_mean"], "+.4f"),
             "daily t": number(row["daily_ic_t"], "+.2f"),
-            "verdict": str(row["verdict"]),
         }
         for _, row in table.iterrows()
     ]
@@ -390,9 +418,10 @@ def book_rows(view: FlowView) -> list[dict[str, str]]:
     ]
 
 
-def _plain_signals(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Rows of large, small and total flow of one bar."""
-    return [row for row in rows if row["signal"] in NAMES.values()]
+def _short(rows: Sequence[dict[str, str]], *left_out: str) -> list[dict[str, str]]:
+    """Rows of large, small and total flow of one bar, without the columns left out."""
+    kept = [row for row in rows if row["signal"] in NAMES.values()]
+    return [{name: text for name, text in row.items() if name not in left_out} for row in kept]
 
 
 # ---- terminal and page
@@ -406,14 +435,12 @@ def console_tables(out: Path) -> list[Table]:
     _, views = read_run(Path(out))
     tables = []
     for view in views:
-        left_out = ("lags", "n eff.", "every H-th bar", "daily t")
-        ics = [{k: v for k, v in row.items() if k not in left_out} for row in _plain_signals(ic_rows(view))]
         parts = {
-            "IC": ics,
-            "paired differences in IC": _plain_signals(difference_rows(view)),
-            "top minus bottom quantile": _plain_signals(spread_rows(view)),
-            "regressions": _plain_signals(regression_rows(view)),
-            "long/short books": _plain_signals(book_rows(view)),
+            "IC": _short(ic_rows(view), "lags", "n eff.", "every H-th bar", "daily t"),
+            "paired differences in IC": _short(difference_rows(view)),
+            "top minus bottom quantile": _short(spread_rows(view), "zero flow", "null", "warm-up"),
+            "regressions": _short(regression_rows(view)),
+            "long/short books": _short(book_rows(view), "Sortino", "Calmar"),
         }
         tables += [text_table(f"{view.symbol}: {title}", rows) for title, rows in parts.items() if rows]
     return tables

@@ -54,12 +54,20 @@ def interval(row: pd.Series, low: str, high: str, form: str) -> str:
     return f"{row[low]:{form}} to {row[high]:{form}}"
 
 
+def counted(counts: Mapping[str, int]) -> str:
+    """`3 non positive, 41 crossed`: what was counted at all."""
+    return ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items() if count)
+
+
 def text_table(title: str, rows: list[dict[str, str]]) -> Table:
-    """A table for the terminal; columns of numbers are right-aligned."""
+    """A table for the terminal, a line per row; columns of numbers are right-aligned."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in rows[0]:
-        numeric = all(is_numeric(row[name]) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left")
+        cells = [row[name] for row in rows]
+        numeric = all(map(is_numeric, cells))
+        # Where room is short headings wrap, cells do not: a row is a line.
+        whole = any(" " in cell for cell in cells)
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=whole)
     for row in rows:
         table.add_row(*row.values())
     return table

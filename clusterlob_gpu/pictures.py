@@ -19,13 +19,14 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from clusterlob_gpu.config import format_duration
-from clusterlob_gpu.evaluation import ALL_CLUSTERS, OFI_KINDS
+from clusterlob_gpu.config import format_duration, parse_duration
+from clusterlob_gpu.evaluation import ALL_CLUSTERS, OFI_KINDS, on_grid
+from clusterlob_gpu.lake.layout import day_of_us
 from clusterlob_gpu.schema import US_PER_DAY, Z_FEATURES
 
 WIDTH_IN, DPI = 7.6, 150
-_CAPTION_CHARS = 120
-INK, FAINT, STAMP = "#222831", "#d8dde3", "#b3261e"
+_CAPTION_CHARS, _LEGEND_CHARS = 120, 18
+INK, FAINT, BAND, STAMP = "#222831", "#d8dde3", "#e3e7ec", "#b3261e"
 _ALL = "#3c4450"
 _ROLES = {0: "#4477aa", 1: "#228833", 2: "#cc6644"}
 _FURTHER = ("#aa3377", "#ccaa33", "#66bbdd", "#7755aa", "#999933", "#bb5577", "#558888")
@@ -44,6 +45,8 @@ class View:
     buckets: pd.DataFrame
     ic: pd.DataFrame
     markouts: pd.DataFrame
+    tests: int
+    """ICs of the run, all symbols together, for which p was corrected."""
 
     @property
     def in_sample(self) -> bool:
@@ -63,12 +66,32 @@ class View:
     def side(self) -> str:
         return str(self.info["config"]["same_side"])
 
+    @property
+    def last_days(self) -> str:
+        """Days that the last window labelled: `2024-05-03 to 2024-05-04`."""
+        last = self.buckets.loc[self.buckets["window_id"] == self.centroids["window_id"].max(), "bucket_ts"]
+        first, end = (str(day_of_us(int(ts))) for ts in (last.min(), last.max()))
+        return first if first == end else f"{first} to {end}"
+
+    @property
+    def pooled(self) -> bool:
+        """Whether some cluster had other names in other windows."""
+        return bool(self.centroids.groupby("cluster")["label"].nunique().gt(1).any())
+
     def name(self, cluster: int) -> str:
-        """Number and name, as in the legends: `1 opportunistic`."""
+        """Number and name over all windows: `2 directional`, `2 directional in 3 of 4 windows`, `3 other`."""
         if cluster == ALL_CLUSTERS:
             return "all clusters"
-        named = self.latest.set_index("cluster")["label"]
-        return f"{cluster} {named.get(cluster, '')}".strip()
+        return _numbered(cluster, dict(zip(self.ic["cluster"], self.ic["label"], strict=True)))
+
+    def last_name(self, cluster: int) -> str:
+        """Number and name in the last window."""
+        return _numbered(cluster, dict(zip(self.latest["cluster"], self.latest["label"], strict=True)))
+
+
+def _numbered(cluster: int, labels: dict[int, str]) -> str:
+    label = labels.get(cluster, "").replace(f"other {cluster}", "other")
+    return f"{cluster} {label}".strip()
 
 
 def colour(cluster: int) -> str:
@@ -116,6 +139,11 @@ def legend(axes: Axes, entries: int) -> None:
     )
 
 
+def _label(view: View, cluster: int) -> str:
+    """Name in a legend, on as many lines as it needs."""
+    return fill(view.name(cluster), _LEGEND_CHARS)
+
+
 def _clusters(table: pd.DataFrame) -> list[int]:
     """Cluster numbers, the aggregate last."""
     found = sorted(int(c) for c in table["cluster"].unique())
@@ -131,7 +159,7 @@ def centroids(view: View) -> Figure:
     """Heatmap of the mean z of every feature in every cluster."""
     table = view.latest
     values = table[list(Z_FEATURES)].to_numpy(np.float64)
-    window = f"window {table['window_id'].iloc[0]}, " if view.walks else ""
+    window = f"Last window ({view.last_days}), " if view.walks else ""
     caption = (
         f"{window}n = {table['count'].sum():,} trades. Mean z-score over the cluster's trades; "
         f"sbs on the side: {view.side}, spread in {view.info['config']['spread']}."
@@ -152,7 +180,7 @@ def centroids(view: View) -> Figure:
             color=shade,
         )
     axes.set_xticks(range(len(Z_FEATURES)), Z_FEATURES, fontsize=9)
-    axes.set_yticks(range(len(table)), [view.name(int(c)) for c in table["cluster"]], fontsize=9)
+    axes.set_yticks(range(len(table)), [view.last_name(int(c)) for c in table["cluster"]], fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, pad=0.01).ax.tick_params(labelsize=8)
@@ -162,7 +190,8 @@ def centroids(view: View) -> Figure:
 def shares(view: View) -> Figure:
     """Share of the trades in each cluster."""
     table = view.latest
-    caption = f"n = {table['count'].sum():,} trades" + (" of the last window." if view.walks else ".")
+    window = f" of the last window ({view.last_days})" if view.walks else ""
+    caption = f"n = {table['count'].sum():,} trades{window}."
     figure = _figure(view, "share of trades per cluster", caption, 1.4 + 0.36 * len(table))
     axes = figure.add_subplot()
     at = np.arange(len(table))[::-1]
@@ -173,7 +202,7 @@ def shares(view: View) -> Figure:
     plain(axes, zero=False)
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.grid(axis="y", visible=False)
-    axes.set_yticks(at, [view.name(int(c)) for c in table["cluster"]], fontsize=9)
+    axes.set_yticks(at, [view.last_name(int(c)) for c in table["cluster"]], fontsize=9)
     axes.set_xlim(0, min(1.28 * percent.max(), 128))
     axes.set_xlabel("% of trades", fontsize=9)
     return figure
@@ -184,7 +213,8 @@ def ic_bars(view: View, target: str = "frnb") -> Figure:
     rows = view.ic[view.ic["target"] == target]
     caption = (
         f"n = {count_range(rows['n'])} buckets of {view.info['config']['bucket']}. "
-        "Whiskers: 95 % block bootstrap. Grey band: IC too small to be found with 80 % power."
+        "Whiskers: 95 % block bootstrap. Grey band: IC too small to be found with 80 % power. "
+        "Hollow: too thin to judge."
     )
     figure = _figure(view, f"IC of order flow imbalance on {target}", caption, 3.6)
     panels = figure.subplots(1, len(OFI_KINDS), sharey=True)
@@ -193,15 +223,24 @@ def ic_bars(view: View, target: str = "frnb") -> Figure:
         order = _clusters(mine)
         for x, cluster in enumerate(order):
             row = mine[mine["cluster"] == cluster].iloc[0]
-            axes.fill_between([x - 0.45, x + 0.45], -row["mde"], row["mde"], color="#e3e7ec", linewidth=0)
-            axes.bar(x, row["ic"], width=0.55, color=colour(cluster), alpha=0.85, label=view.name(cluster))
-            axes.vlines(x, row["ci_low"], row["ci_high"], color=INK, linewidth=1.3)
+            ic_bar(axes, x, row, colour(cluster), width=0.55, band=0.9, label=_label(view, cluster))
         plain(axes, "IC (Pearson)" if kind == OFI_KINDS[0] else "")
         axes.set_title(kind, fontsize=9.5, loc="left")
         numbers = ["all" if c == ALL_CLUSTERS else str(c) for c in order]
         axes.set_xticks(range(len(order)), numbers, fontsize=9 if len(order) <= 12 else 6)
     legend(panels[-1], len(order))
     return figure
+
+
+def ic_bar(
+    axes: Axes, x: float, row: pd.Series, shade: str, *, width: float, band: float, label: str | None
+) -> None:
+    """A bar of IC with its interval, hollow where the row is thin, on the band of undetectable ICs."""
+    mde = min(row["mde"], 1.0)  # no IC is larger
+    axes.fill_between([x - band / 2, x + band / 2], -mde, mde, color=BAND, linewidth=0)
+    face = "none" if row["thin"] else shade
+    axes.bar(x, row["ic"], width=width, facecolor=face, edgecolor=shade, alpha=0.85, label=label)
+    axes.vlines(x, row["ci_low"], row["ci_high"], color=INK, linewidth=1.3)
 
 
 def ic_horizons(view: View, kind: str = "ofi_size") -> Figure:
@@ -219,7 +258,7 @@ def ic_horizons(view: View, kind: str = "ofi_size") -> Figure:
         mine = rows[rows["cluster"] == cluster].set_index("target").reindex(targets)
         x = np.arange(len(targets)) + shift
         axes.vlines(x, mine["ci_low"], mine["ci_high"], color=colour(cluster), linewidth=1.6, alpha=0.75)
-        axes.plot(x, mine["ic"], "o", markersize=5, color=colour(cluster), label=view.name(cluster))
+        axes.plot(x, mine["ic"], "o", markersize=5, color=colour(cluster), label=_label(view, cluster))
         thin = (mine["verdict"] == "thin").to_numpy()
         axes.plot(x[thin], mine["ic"][thin], "o", markersize=3, color="white")
     plain(axes, "IC (Pearson)")
@@ -273,7 +312,7 @@ def markouts(view: View) -> Figure:
             markersize=5,
             linewidth=1,
             color=colour(cluster),
-            label=view.name(cluster),
+            label=_label(view, cluster),
         )
     plain(axes, "signed mid move (bps)")
     axes.set_xticks(range(len(horizons)), [format_duration(int(h)) for h in horizons], fontsize=9)
@@ -286,6 +325,7 @@ def side_audit(view: View) -> Figure:
     """Mark-outs of the clusters in the order of their names, under either side convention."""
     horizons = sorted(view.markouts["horizon_us"].unique())
     moves = view.markouts.set_index(["cluster", "horizon_us"])
+    names = view.markouts[view.markouts["cluster"] != ALL_CLUSTERS].drop_duplicates("cluster")
     caption = (
         "The clusters and their mark-outs are the same on both sides, only the names differ. "
         "Whiskers: 95 %, buckets as sampling units. "
@@ -296,9 +336,7 @@ def side_audit(view: View) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     sides = ((view.side, "label", "used here"), (SIDES[view.side], "label_other", "the other convention"))
     for axes, (side, column, remark) in zip(panels, sides, strict=True):
-        named = sorted(
-            zip(view.latest[column], view.latest["cluster"].astype(int), strict=True), key=_by_role
-        )
+        named = sorted(zip(names[column], names["cluster"].astype(int), strict=True), key=_by_role)
         for x, (_, cluster) in enumerate(named):
             mine = moves.reindex([(cluster, h) for h in horizons])
             at = x + offsets(len(horizons), 0.8)
@@ -306,8 +344,8 @@ def side_audit(view: View) -> Figure:
             axes.vlines(at, mine["ci_low"], mine["ci_high"], color=INK, linewidth=1)
         plain(axes, "mark-out (bps)" if column == "label" else "")
         axes.set_title(f"same_side: {side} ({remark})", fontsize=9.5, loc="left")
-        names = [f"{label}\ncluster {c}" for label, c in named]
-        axes.set_xticks(range(len(named)), names, fontsize=8, rotation=90 if len(named) > 4 else 0)
+        ticks = [f"{fill(label, _LEGEND_CHARS)}\ncluster {c}" for label, c in named]
+        axes.set_xticks(range(len(named)), ticks, fontsize=8, rotation=90 if len(named) > 4 else 0)
         axes.set_xlabel("bars: " + ", ".join(format_duration(int(h)) for h in horizons), fontsize=8)
     return figure
 
@@ -315,32 +353,53 @@ def side_audit(view: View) -> Figure:
 def _by_role(named: tuple[str, int]) -> tuple[int, int]:
     roles = ("opportunistic", "directional", "passive")
     label, cluster = named
-    return roles.index(label) if label in roles else len(roles), cluster
+    role = label.split(" in ")[0]  # directional in 2 of 4 windows
+    return roles.index(role) if role in roles else len(roles), cluster
 
 
 def flow_and_price(view: View) -> Figure:
     """Cumulated signed flow of every cluster above the path of the mid."""
-    caption = (
-        f"{view.buckets['bucket_ts'].nunique():,} buckets. Flow: sum of taker buys minus sells, base units. "
-    )
-    figure = _figure(
-        view, "flow and price", caption + "Return: sum of conr; gaps where the mid is null.", 4.4
-    )
+    every = view.buckets[view.buckets["cluster"] == ALL_CLUSTERS].sort_values("bucket_ts")
+    times, path, stretches = _return_path(every, parse_duration(view.info["config"]["bucket"]))
+    moves = "sum of conr"
+    if stretches > 1:
+        moves += (
+            f" within each of {stretches} stretches that have a mid, from 0 on; what the mid did over the "
+            "gaps between them is left out"
+        )
+    caption = f"{len(every):,} buckets. Flow: sum of taker buys minus sells, base units. Return: {moves}."
+    figure = _figure(view, "flow and price", caption, 4.4)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     order = _clusters(view.buckets)
     for cluster in order:
         mine = view.buckets[view.buckets["cluster"] == cluster].sort_values("bucket_ts")
-        style = {"linewidth": 1.6, "linestyle": "--"} if cluster == ALL_CLUSTERS else {"linewidth": 1.2}
+        width, dash = (1.6, "--") if cluster == ALL_CLUSTERS else (1.2, "-")
         upper.plot(
-            _times(mine), mine["ofi_size"].cumsum(), color=colour(cluster), label=view.name(cluster), **style
+            _times(mine),
+            mine["ofi_size"].cumsum(),
+            dash,
+            linewidth=width,
+            color=colour(cluster),
+            label=_label(view, cluster),
         )
-    every = view.buckets[view.buckets["cluster"] == ALL_CLUSTERS].sort_values("bucket_ts")
-    lower.plot(_times(every), 1e4 * every["conr"].cumsum(), color=INK, linewidth=1)
+    lower.plot(times, 1e4 * path, color=INK, linewidth=1)
     plain(upper, "cumulated flow")
     plain(lower, "return of mid (bps)")
     dates(lower)
     legend(upper, len(order))
     return figure
+
+
+def _return_path(every: pd.DataFrame, width_us: int) -> tuple[pd.DatetimeIndex, pd.Series, int]:
+    """Ends of the buckets, conr summed from 0 in every stretch without a null, and how many stretches.
+
+    A bucket without conr is null and separates: the mid's move across it is not known.
+    """
+    values, starts = on_grid(every, ["conr"], width_us)
+    conr = pd.Series(values[:, 0])
+    gap = conr.isna()
+    stretches = int((~gap & gap.shift(fill_value=True)).sum())
+    return pd.to_datetime(starts + width_us, unit="us"), conr.groupby(gap.cumsum()).cumsum(), stretches
 
 
 def shares_over_time(view: View) -> Figure:
@@ -360,7 +419,7 @@ def shares_over_time(view: View) -> Figure:
     axes = figure.add_subplot()
     times = pd.to_datetime(percent.index.to_numpy(), unit="us")
     for cluster in map(int, percent.columns):
-        axes.plot(times, percent[cluster], color=colour(cluster), linewidth=1.2, label=view.name(cluster))
+        axes.plot(times, percent[cluster], color=colour(cluster), linewidth=1.2, label=_label(view, cluster))
     plain(axes, "% of trades", zero=False)
     axes.set_ylim(0, None)
     dates(axes)
@@ -386,7 +445,7 @@ def drift(view: View) -> Figure:
             "o-",
             color=colour(cluster),
             linewidth=1,
-            label=view.name(cluster),
+            label=_label(view, cluster),
         )
         moved = mine[disagree.loc[mine.index]]
         axes.plot(moved["window_id"], moved["drift"], "x", color=STAMP, markersize=10)

@@ -1,13 +1,11 @@
 """What a finished run says: words, pictures and one self-contained page.
 
-Reads the run directory of `run cluster` or `label` and nothing else.  The words state what the numbers
-allow: which convention named the clusters, whether the sample is in-sample, what was dropped, which ICs
-differ from zero after correction, and how much data the rest would need.
+Reads the run directory of `run cluster` or `label` and nothing else.  What is said of the numbers stands in
+`findings`, what is drawn of them in `pictures`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +15,16 @@ import pandas as pd
 from rich.table import Table
 
 from clusterlob_gpu import flow_report, page, pictures
-from clusterlob_gpu.config import format_duration, parse_duration
+from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.errors import InputError
-from clusterlob_gpu.evaluation import ALL_CLUSTERS, Z_95, Z_POWER
+from clusterlob_gpu.evaluation import ALL_CLUSTERS
+from clusterlob_gpu.findings import HEADLINE_SIGNAL, HEADLINE_TARGET, MIXED, findings
 from clusterlob_gpu.page import interval, number, text_table
 from clusterlob_gpu.pictures import SIDES, View
-from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES
+from clusterlob_gpu.schema import FEATURES, Z_FEATURES
 
 EXPERIMENTS = ("cluster", "label")
 """Runs that leave the tables shown here; those of `flow_report` are passed on to it."""
-
-HEADLINE_SIGNAL, HEADLINE_TARGET = "ofi_size", "frnb"
-"""The pair for which the research log reports an IC."""
 
 _CAPTIONS = {
     "centroids": "Mean z-score of each feature in each cluster.",
@@ -41,16 +37,8 @@ _CAPTIONS = {
     "shares_over_time": "Do the clusters keep their weight?",
     "drift": "Do the centroids stay where they are from window to window?",
 }
-_WIDE_IC = ("target", "lags", "n eff.")
+_WIDE_IC = ("signal", "target", "HAC t", "lags", "n eff.")
 """IC columns that the terminal leaves out."""
-
-_DROPS = {
-    "side_unknown": "unknown side",
-    "no_book": "no book yet",
-    "stale_book": "stale book",
-    "warmup": "too little history",
-    "null_change_time": "no change of the book seen yet",
-}
 
 
 @dataclass(frozen=True)
@@ -67,6 +55,12 @@ class Section:
     ic: list[dict[str, str]]
     markouts: list[dict[str, str]]
     published: list[dict[str, str]]
+    window: str
+    """Says that the clusters are those of the last window, where there are several."""
+    pooled: bool
+    """Some label held in some windows only."""
+    mixed: bool
+    """Some cluster's trades changed between windows."""
 
 
 def read_run(out: Path) -> tuple[dict[str, Any], list[View]]:
@@ -82,8 +76,9 @@ def read_run(out: Path) -> tuple[dict[str, Any], list[View]]:
         )
     tables = {name: page.read_results(Path(out), name) for name in ("centroids", "buckets", "ic", "markouts")}
     tables["ic"] = tables["ic"][tables["ic"]["sample"] == info["sample"]]
+    tests = int(tables["ic"]["p_fdr"].notna().sum())
     views = [
-        View(symbol, info, **{name: _of(table, symbol) for name, table in tables.items()})
+        View(symbol, info, tests=tests, **{name: _of(table, symbol) for name, table in tables.items()})
         for symbol in info["symbols"]
     ]
     return info, [view for view in views if not view.centroids.empty]
@@ -93,207 +88,8 @@ def _of(table: pd.DataFrame, symbol: str) -> pd.DataFrame:
     return table[table["symbol"] == symbol].reset_index(drop=True)
 
 
-# ---- words
-
-
-def findings(view: View) -> list[str]:
-    """What may be concluded for one symbol, most important first; one sentence or two each."""
-    return [
-        *_sample_words(view),
-        *_ic_words(view),
-        *_benchmark_words(view),
-        *_needed_words(view),
-        *_markout_words(view),
-        *_name_words(view),
-        *_drop_words(view),
-        *_window_words(view),
-    ]
-
-
-def _sample_words(view: View) -> list[str]:
-    if not view.in_sample:
-        return ["Out of sample: no day was labelled by clusters that were fitted on that day."]
-    return [
-        "In-sample: the clusters were fitted on days on which their ICs are measured. Read every "
-        "number as optimistic; a walk-forward run (train_days) gives out-of-sample ones."
-    ]
-
-
-def _predictive(view: View) -> pd.DataFrame:
-    return view.ic[view.ic["predictive"].astype(bool)]
-
-
-def _ic_words(view: View) -> list[str]:
-    rows = _predictive(view)
-    tests = int(rows["hac_p"].notna().sum())
-    sure = rows[rows["verdict"].isin(["positive", "negative"])]
-    words = []
-    if tests == 0:
-        words.append("No IC could be tested: too few buckets have both flow and return.")
-    elif sure.empty:
-        words.append(
-            f"No cluster's IC differs from zero after correction for {tests} tests; the smallest IC "
-            f"this sample could detect is {_smallest(rows)} (80 % power, before correction)."
-        )
-    else:
-        order = pd.DataFrame({"other": sure["signal"] != HEADLINE_SIGNAL, "small": -sure["ic"].abs()})
-        best = sure.loc[order.sort_values(["other", "small"], kind="stable").index]
-        best = best[best["target"].isin(pictures.distinct_targets(rows))]
-        listed = "; ".join(_one_ic(view, row) for _, row in best.head(5).iterrows())
-        more = "; and others" if len(sure) > 5 else ""
-        words.append(f"{len(sure)} of {tests} ICs differ from zero after correction: {listed}{more}.")
-    thin = rows[rows["verdict"] == "thin"]
-    if len(thin):
-        which = ", ".join(thin["target"].unique())
-        words.append(
-            f"{len(thin)} of {len(rows)} rows ({which}) are too thin to judge: constant, fewer than 30 "
-            "buckets, or less than four horizons."
-        )
-    return words
-
-
-def _smallest(rows: pd.DataFrame) -> str:
-    shown = rows[(rows["signal"] == HEADLINE_SIGNAL) & (rows["target"] == HEADLINE_TARGET)]
-    detectable = (shown if len(shown) else rows)["mde"]
-    return f"{detectable.min():.3f}"
-
-
-def _one_ic(view: View, row: pd.Series) -> str:
-    who = view.name(int(row["cluster"]))
-    return f"{row['signal']} of {who} on {row['target']} {row['ic']:+.3f} {_brackets(row, '+.3f')}"
-
-
-def _brackets(row: pd.Series, form: str) -> str:
-    return f"[{row['ci_low']:{form}}, {row['ci_high']:{form}}]"
-
-
-def _headline(view: View) -> pd.DataFrame:
-    """IC rows of the headline signal and target, one per cluster."""
-    return view.ic[(view.ic["signal"] == HEADLINE_SIGNAL) & (view.ic["target"] == HEADLINE_TARGET)]
-
-
-def _benchmark_words(view: View) -> list[str]:
-    rows = _headline(view)
-    rows = rows[rows["diff"].notna()]
-    if rows.empty:
-        return []
-    apart = int(((rows["diff_low"] > 0) | (rows["diff_high"] < 0)).sum())
-    row = rows.iloc[int(rows["diff"].abs().to_numpy().argmax())]
-    largest = f"{row['diff']:+.3f} [{row['diff_low']:+.3f}, {row['diff_high']:+.3f}]"
-    whose = view.name(int(row["cluster"]))
-    pair = f"{HEADLINE_SIGNAL} on {HEADLINE_TARGET}"
-    if not apart:
-        return [
-            f"No cluster differs from aggregate flow ({pair}): the largest paired difference in IC is "
-            f"{largest}, {whose}."
-        ]
-    return [
-        f"{apart} of {len(rows)} clusters differ from aggregate flow ({pair}, paired bootstrap, not "
-        f"corrected for the number of clusters); the largest difference in IC is {largest}, {whose}."
-    ]
-
-
-def needed_buckets(row: pd.Series, difference: float) -> float:
-    """Buckets with which `difference` in IC is found with 80 % power, from the row's paired interval.
-
-    n (2.80 se / difference)^2, se = interval / (2 * 1.96); null without an interval or a difference.
-    """
-    se = (row["diff_high"] - row["diff_low"]) / (2 * Z_95)
-    return float(row["n"] * (Z_POWER * se / difference) ** 2) if difference else math.nan
-
-
-def _needed_words(view: View) -> list[str]:
-    gap = _published_gap(view)
-    if gap is None:
-        return []
-    cluster, difference = gap
-    rows = _headline(view)
-    rows = rows[rows["cluster"] == cluster]
-    buckets = needed_buckets(rows.iloc[0], difference) if len(rows) else math.nan
-    if not math.isfinite(buckets):
-        return []
-    days = math.ceil(buckets * parse_duration(view.info["config"]["bucket"]) / US_PER_DAY)
-    return [
-        f"To find the published difference of {difference:+.4f} between {view.name(cluster)} and aggregate "
-        f"flow with 80 % power, about {buckets:,.0f} buckets ({days:,} days) are needed; this sample has "
-        f"{int(rows['n'].iloc[0]):,}."
-    ]
-
-
-def _published_gap(view: View) -> tuple[int, float] | None:
-    """The cluster with the largest published IC, and its lead over the published benchmark."""
-    published = view.info.get("published") or {}
-    ics = {
-        int(entry["cluster"]): float(entry["ic"])
-        for entry in published.get("ic", [])
-        if (entry["signal"], entry["target"]) == (HEADLINE_SIGNAL, HEADLINE_TARGET)
-    }
-    benchmark = ics.pop(ALL_CLUSTERS, None)
-    if benchmark is None or not ics:
-        return None
-    best = max(ics, key=lambda cluster: ics[cluster])
-    return best, ics[best] - benchmark
-
-
-def _markout_words(view: View) -> list[str]:
-    if view.markouts.empty:
-        return []
-    longest = int(view.markouts["horizon_us"].max())
-    rows = view.markouts[view.markouts["horizon_us"] == longest]
-    rows = rows[rows["cluster"] != ALL_CLUSTERS]
-    listed = "; ".join(
-        f"{view.name(int(row['cluster']))} {row['mean_bps']:+.2f} {_brackets(row, '+.2f')}"
-        for _, row in rows.head(6).iterrows()
-    )
-    return [f"Mark-out after {format_duration(longest)} in bps, before costs: {listed}."]
-
-
-def _name_words(view: View) -> list[str]:
-    table = view.latest
-    other = "; ".join(
-        f"cluster {int(row['cluster'])} {row['label']} becomes {row['label_other']}"
-        for _, row in table.iterrows()
-        if row["label"] != row["label_other"]
-    )
-    meaning = "the taker's own side" if view.side == "own" else "the side that the trade hits"
-    words = [
-        f"Names follow same_side: {view.side} (sbs is the depth on {meaning}). Under {SIDES[view.side]} "
-        + (f"{other}." if other else "every cluster keeps its name.")
-    ]
-    missing = int((table["label"] == "unassigned").sum())
-    if missing:
-        words.append(f"{missing} cluster(s) reach no role by the margin and are called unassigned.")
-    return words
-
-
-def _drop_words(view: View) -> list[str]:
-    rows = view.info["rows"].get(view.symbol)
-    if not rows or not rows["trades"]:
-        return []
-    total, kept = int(rows["trades"]), int(rows["kept"])
-    reasons = ", ".join(
-        f"{count:,} {_DROPS.get(reason, reason.replace('_', ' '))}"
-        for reason, count in rows["dropped"].items()
-        if count
-    )
-    dropped = f"{total - kept:,} dropped: {reasons}" if reasons else "none dropped"
-    words = f"{kept:,} of {total:,} trades were used ({kept / total:.2%}), {dropped}."
-    skipped = {reason: count for reason, count in rows.get("book_skipped", {}).items() if count}
-    if skipped:
-        listed = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in skipped.items())
-        words += f" Of {int(rows['book_rows']):,} book rows these were no valid book and skipped: {listed}."
-    return [words]
-
-
-def _window_words(view: View) -> list[str]:
-    if not view.walks:
-        return []
-    agrees = view.centroids["agrees"].astype("boolean")
-    known, differ = int(agrees.notna().sum()), int((~agrees).sum())
-    return [
-        f"Over {len(set(view.centroids['window_id']))} windows the naming rule and the tracked match "
-        f"disagree {differ} of {known} times; mean drift {view.centroids['drift'].mean():.3f} in z."
-    ]
+def _window(view: View) -> str:
+    return f" of the last window ({view.last_days})" if view.walks else ""
 
 
 # ---- tables
@@ -320,7 +116,7 @@ def raw_rows(view: View) -> list[dict[str, str]]:
     units = {"spread": view.info["config"]["spread"], "t_m": "us", "t_age": "us"}
     headings = {name: f"{name} ({units[name]})" if name in units else name for name in FEATURES}
     return [
-        {"cluster": view.name(int(row["cluster"]))}
+        {"cluster": view.last_name(int(row["cluster"]))}
         | {headings[name]: number(row[name], ",.0f" if row[name] >= 1000 else ".4g") for name in FEATURES}
         for _, row in view.latest.iterrows()
     ]
@@ -328,7 +124,7 @@ def raw_rows(view: View) -> list[dict[str, str]]:
 
 def _meanings(view: View) -> list[str]:
     return [
-        f"{view.name(int(row['cluster']))}: {row['interpretation']}"
+        f"{view.last_name(int(row['cluster']))}: {row['interpretation']}"
         for _, row in view.latest.iterrows()
         if row["interpretation"]
     ]
@@ -355,6 +151,7 @@ def ic_rows(view: View) -> list[dict[str, str]]:
             "target": str(row["target"]) + ("" if row["predictive"] else " (same bucket)"),
             "n": number(row["n"], ",.0f"),
             "IC": number(row["ic"], "+.4f"),
+            "verdict": str(row["verdict"]),
             "95 % interval": interval(row, "ci_low", "ci_high", "+.3f"),
             "rank IC": number(row["rank_ic"], "+.4f"),
             "HAC t": number(row["hac_t"], "+.2f"),
@@ -364,7 +161,6 @@ def ic_rows(view: View) -> list[dict[str, str]]:
             "less benchmark": number(row["diff"], "+.4f"),
             "its 95 % interval": interval(row, "diff_low", "diff_high", "+.3f"),
             "n eff.": number(row["n_eff"], ",.0f"),
-            "verdict": str(row["verdict"]),
         }
         for _, row in table.iterrows()
     ]
@@ -436,7 +232,7 @@ def _compared_ic(view: View, entry: Mapping[str, Any]) -> dict[str, str]:
 
 
 def console_tables(out: Path) -> list[Table]:
-    """Per symbol: clusters, ICs of the headline target, mark-outs and, where there is one, the comparison.
+    """Per symbol: clusters, ICs of the headline pair, mark-outs and, where there is one, the comparison.
 
     Raises InputError as `read_run`.
     """
@@ -446,11 +242,12 @@ def console_tables(out: Path) -> list[Table]:
     sample = info["sample"].replace("_", " ")
     tables = []
     for view in views:
-        headline = [row for row in ic_rows(view) if row["target"] == HEADLINE_TARGET]
+        pair = (HEADLINE_SIGNAL, HEADLINE_TARGET)
+        headline = [row for row in ic_rows(view) if (row["signal"], row["target"]) == pair]
         parts = {
-            "clusters": cluster_rows(view),
-            f"IC on {HEADLINE_TARGET}, {sample}": [
-                _without(row, "target", "lags", "n eff.") for row in headline
+            f"clusters{_window(view)}": cluster_rows(view),
+            f"IC of {HEADLINE_SIGNAL} on {HEADLINE_TARGET}, {sample}": [
+                _without(row, *_WIDE_IC) for row in headline
             ],
             "mark-outs": markout_rows(view),
             "published and measured": published_rows(view),
@@ -493,6 +290,9 @@ def render_run(out: Path) -> list[Path]:
                 ic_rows(view),
                 markout_rows(view),
                 published_rows(view),
+                _window(view),
+                view.pooled,
+                bool((view.ic["verdict"] == MIXED).any()),
             )
         )
     report = out / "report.html"

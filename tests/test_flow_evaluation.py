@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -268,12 +269,33 @@ def test_report__says_what_the_numbers_allow(tables: dict[str, pd.DataFrame], tm
     assert f"80 % power, before correction, is {null['mde']:.3f}" in said["ETHUSDT"][1]
     needed = flow_report.needed_days(null, views[1])
     assert needed == -(-20 * (null["mde"] / 0.02) ** 2 // 1)
-    assert any("ICs differ from zero after correction: large on ret_fwd_1h" in w for w in said["BTCUSDT"])
-    console = Console(width=220, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    for table in console_tables(out):
+    found = "after correction for 48 tests of all symbols: large on ret_fwd_1h"
+    assert any(found in words for words in said["BTCUSDT"])
+    console = Console(width=150, record=True, file=io.StringIO())
+    made = console_tables(out)
+    for table in made:
         console.print(table)
-    console.file.close()
-    assert "BTCUSDT: long/short books" in console.export_text()
+    text = console.export_text()
+    assert "BTCUSDT: long/short books" in text
+    assert sum(line.startswith("│") for line in text.splitlines()) == sum(table.row_count for table in made)
+    assert "…" not in text
+    ic = tables["ic"]
+    tests, mine = int(ic["p_fdr"].notna().sum()), int(ic.query("symbol == 'ETHUSDT'")["p_fdr"].notna().sum())
+    assert (mine, tests) == (24, 48)
+    assert any("after correction for 48 tests of all symbols" in w for w in said["ETHUSDT"])
+
+
+def test_rows__are_told_with_unknown_sides_and_orders(
+    tables: dict[str, pd.DataFrame], tmp_path: Path
+) -> None:
+    rows = {"trades": 450_000, "kept": 450_000, "dropped": {}, "side_unknown": 39, "orders": 120_000}
+    rows |= {"book_rows": 98_430, "book_skipped": {"empty_side": 0, "crossed": 41}}
+    out = write_run(tmp_path, tables, days=20, rows={"BTCUSDT": rows})
+    said = flow_report.findings(flow_report.read_run(out)[1][0])
+    assert said[-1] == (
+        "450,000 trades were used, put together to 120,000 orders; 39 of unknown side count as volume, in no "
+        "imbalance. Of 98,430 book rows these were no valid book and skipped: 41 crossed."
+    )
 
 
 def test_missing_table__is_named(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import struct
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from clusterlob_gpu import pictures
 from clusterlob_gpu.config import make_config, parse_duration, read_preset
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.evaluation import Target, cluster_ic, markout_table
-from clusterlob_gpu.report import console_tables, findings, needed_buckets, read_run, render_run
+from clusterlob_gpu.findings import findings, needed_buckets
+from clusterlob_gpu.report import console_tables, read_run, render_run
 from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES
 
 WIDTH = 300_000_000
@@ -55,7 +57,10 @@ def centroid_table(symbol: str, windows: int, rng: np.random.Generator) -> pd.Da
     return pd.DataFrame(rows).astype({"matched": "Int64", "agrees": "boolean", "drift": "float64"})
 
 
-def bucket_table(symbol: str, days: int, effect: float, rng: np.random.Generator) -> pd.DataFrame:
+def bucket_table(
+    symbol: str, days: int, windows: int, effect: float, rng: np.random.Generator
+) -> pd.DataFrame:
+    """The last windows label a day each."""
     n = days * 288
     flow = {c: rng.normal(size=n) * scale for c, scale in ((0, 90.0), (1, 60.0), (2, 140.0))}
     flow[-1] = flow[0] + flow[1] + flow[2]
@@ -64,6 +69,7 @@ def bucket_table(symbol: str, days: int, effect: float, rng: np.random.Generator
     returns[1 : n + 1] += 6e-4 * effect * flow[1] / 60
     path = np.concatenate([[0.0], np.cumsum(returns)])
     at = np.arange(n)
+    window = np.maximum(at // 288 + windows - days, 0)
     midnight = (at // 288 + 1) * 288
     target = {
         "conr": path[at + 1] - path[at],
@@ -77,7 +83,7 @@ def bucket_table(symbol: str, days: int, effect: float, rng: np.random.Generator
     size[-1] = size[0] + size[1] + size[2]
     parts = [
         pd.DataFrame(
-            {"symbol": symbol, "window_id": 0, "bucket_ts": START + at * WIDTH, "cluster": c}
+            {"symbol": symbol, "window_id": window, "bucket_ts": START + at * WIDTH, "cluster": c}
         ).assign(n_trades=size[c], ofi_size=f, ofi_count=f.round(), ofi_notional=6e4 * f, **target)
         for c, f in flow.items()
     ]
@@ -110,7 +116,7 @@ def make_run(
         Target("freb", "freb", US_PER_DAY),
         *(Target(f"r_{h}", f"r_{h}", parse_duration(h)) for h in ("5m", "15m", "1h")),
     ]
-    buckets = pd.concat([bucket_table(symbol, days, effect, rng) for symbol in symbols])
+    buckets = pd.concat([bucket_table(symbol, days, windows, effect, rng) for symbol in symbols])
     ic = cluster_ic(buckets, targets, width_us=WIDTH, draws=100).assign(sample=sample)
     marks = pd.concat(
         [
@@ -129,6 +135,7 @@ def make_run(
         table.astype({"cluster": "int8"}).to_parquet(out / "results" / f"{name}.parquet", index=False)
     dropped = {"side_unknown": 0, "no_book": 12, "stale_book": 345, "warmup": 99, "null_change_time": 0}
     rows = {"trades": 2_765_428, "kept": 2_764_972, "dropped": dropped, "book_rows": 864_000}
+    rows["labelled"] = 2_764_972 if windows == 1 else 1_500_000
     rows["book_skipped"] = {"empty_side": 0, "non_positive": 3, "crossed": 41}
     info = {
         "experiment": "cluster",
@@ -161,7 +168,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("walk"), ("BTCUSDT", "ETHUSDT"), days=3, windows=4, effect=0.5)
+    return make_run(tmp_path_factory.mktemp("walk"), ("BTCUSDT", "ETHUSDT"), days=3, windows=3, effect=0.5)
 
 
 class Page(HTMLParser):
@@ -256,6 +263,68 @@ def test_horizons__show_the_next_bucket_once(run: Path) -> None:
     assert labels == ["frnb\n5m", "r_15m\n15m", "r_1h\n1h", "freb\nto midnight"]
 
 
+def test_ic_picture__thin_bars_are_hollow_and_no_band_passes_one(walk: Path) -> None:
+    view = one_view(walk)
+    view.ic.loc[view.ic["target"] == "freb", "mde"] = 3.0
+    for target, hollow in (("frnb", False), ("freb", True)):
+        axes = pictures.ic_bars(view, target).axes[0]
+        assert [bar.get_facecolor()[3] == 0 for bar in axes.patches] == [hollow] * 4
+        bands = [collection.get_paths()[0].vertices[:, 1].max() for collection in axes.collections[::2]]
+        assert (max(bands) == 1.0) == hollow
+
+
+def test_return_path__restarts_after_a_gap(run: Path) -> None:
+    """Conr of 1, 2, null, 3 bps, an absent bucket, 4 bps: three stretches, each from 0."""
+    view = one_view(run)
+    at = np.array([0, 1, 2, 3, 5])
+    conr = 1e-4 * np.array([1.0, 2.0, np.nan, 3.0, 4.0])
+    every = view.buckets[view.buckets["cluster"] == -1].head(5)
+    every = every.assign(bucket_ts=START + at * WIDTH, conr=conr)
+    figure = pictures.flow_and_price(replace(view, buckets=every))
+    line = figure.axes[1].lines[0]
+    assert line.get_ydata() == pytest.approx([1, 3, np.nan, 3, np.nan, 4], nan_ok=True)
+    assert pd.Timestamp(line.get_xdata()[0]) == pd.Timestamp("2024-05-01 00:05")
+    assert "within each of 3 stretches" in " ".join(figure.get_supxlabel().split())
+    whole = " ".join(pictures.flow_and_price(view).get_supxlabel().split())
+    assert whole.endswith("Return: sum of conr.")
+
+
+def test_names__of_all_windows_and_of_the_last(tmp_path: Path) -> None:
+    out = make_run(tmp_path / "run", days=3, windows=3)
+    results = out / "results"
+    tables = {name: pd.read_parquet(results / f"{name}.parquet") for name in ("centroids", "ic", "markouts")}
+    table = tables["centroids"]
+    table.loc[(table["cluster"] == 0) & (table["window_id"] > 0), "label"] = "other 0"
+    table.loc[(table["cluster"] == 2) & (table["window_id"] == 2), "label"] = "unassigned"
+    for name in ("ic", "markouts"):
+        tables[name].loc[tables[name]["cluster"] == 2, "label"] = "directional in 2 of 3 windows"
+        tables[name].loc[tables[name]["cluster"] == 0, "label"] = "other 0 in 2 of 3 windows"
+    tables["ic"].loc[tables["ic"]["cluster"] == 0, "verdict"] = "mixed"
+    for name, changed in tables.items():
+        changed.to_parquet(results / f"{name}.parquet", index=False)
+    view = one_view(out)
+    assert [view.name(c) for c in (-1, 0, 1, 2)] == [
+        "all clusters",
+        "0 other in 2 of 3 windows",
+        "1 opportunistic",
+        "2 directional in 2 of 3 windows",
+    ]
+    assert [view.last_name(c) for c in (0, 2)] == ["0 other", "2 unassigned"]
+    ticks = [tick.get_text() for tick in pictures.side_audit(view).axes[0].get_xticklabels()]
+    assert [tick.split("\n")[0].split(" ")[0] for tick in ticks] == ["opportunistic", "directional", "other"]
+    words = said(out)
+    assert "One cluster in the last window reaches no role by the margin and is called unassigned." in words
+    assert "No verdict on 0 other in 2 of 3 windows: the number stood for other trades" in words
+    render_run(out)
+    text = (out / "report.html").read_text()
+    assert "<h3>Clusters of the last window (2024-05-03)</h3>" in text
+    assert "<summary>Mean raw features of the last window (2024-05-03)</summary>" in text
+    assert "Mixed: beyond the named roles" in text
+    assert "pool the windows by the number of the cluster" in text
+    titles = [str(made.title) for made in console_tables(out)]
+    assert titles[0] == "BTCUSDT: clusters of the last window (2024-05-03)"
+
+
 # ---- words
 
 
@@ -274,7 +343,7 @@ def test_findings__null_sample_says_what_it_could_have_found(run: Path) -> None:
         "Under consumed cluster 1 opportunistic becomes directional; cluster 2 directional becomes" in words
     )
     assert (
-        "2,764,972 of 2,765,428 trades were used (99.98%), 456 dropped: 12 no book yet, 345 stale book"
+        "2,764,972 of 2,765,428 trades were kept (99.98%), 456 dropped: 12 no book yet, 345 stale book"
         in words
     )
     assert "Of 864,000 book rows these were no valid book and skipped: 3 non positive, 41 crossed." in words
@@ -293,7 +362,15 @@ def test_findings__planted_effect_is_named_with_its_interval(walk: Path) -> None
         in words
     )
     assert "clusters differ from aggregate flow" in words
-    assert "Over 4 windows the naming rule and the tracked match disagree 1 of 9 times" in words
+    mine = int(view.ic["p_fdr"].notna().sum())
+    assert (mine, view.tests) == (48, 96)  # 60 predictive rows a symbol, 12 of them thin
+    assert "of 48 ICs differ from zero after correction for 96 tests of all symbols: " in words
+    assert (
+        "A model labelled 1,500,000 of these; the others lie on days that no window tests. Of 864,000"
+        in words
+    )
+    assert "Under consumed in the last window cluster 1 opportunistic becomes directional" in words
+    assert "Over 3 windows the naming rule and the tracked match disagree 1 of 6 times" in words
     assert "12 of 60 rows (freb) are too thin to judge" in words  # freb over three days
 
 
@@ -325,15 +402,18 @@ def test_console_tables__hold_the_numbers(run: Path) -> None:
     tables = console_tables(run)
     assert [str(table.title) for table in tables] == [
         "BTCUSDT: clusters",
-        "BTCUSDT: IC on frnb, in sample",
+        "BTCUSDT: IC of ofi_size on frnb, in sample",
         "BTCUSDT: mark-outs",
         "BTCUSDT: published and measured",
     ]
-    assert [table.row_count for table in tables] == [3, 12, 16, 1 + 3 * 6 + 4]
-    console = Console(width=220, record=True, file=io.StringIO())
+    assert [table.row_count for table in tables] == [3, 4, 16, 1 + 3 * 6 + 4]
+    console = Console(width=150, record=True, file=io.StringIO())
     for table in tables:
         console.print(table)
     text = console.export_text()
+    lines = text.splitlines()
+    assert sum(line.startswith("│") for line in lines) == sum(table.row_count for table in tables)
+    assert "…" not in text
     assert "opportunistic" in text
     assert "43.4%" in text
     assert "27,649,725" in text
@@ -364,8 +444,8 @@ def test_empty_cluster_and_null_mids__still_make_a_page(tmp_path: Path) -> None:
         out
     )  # 12 without return, 3 without flow
     assert "published difference" not in said(out)
-    rows = [list(column.cells) for column in console_tables(out)[1].columns]
-    assert set(rows[-1]) == {"thin"}
+    columns = {str(column.header): set(column.cells) for column in console_tables(out)[1].columns}
+    assert columns["verdict"] == {"thin"}
 
 
 def test_published__is_optional(tmp_path: Path) -> None:
