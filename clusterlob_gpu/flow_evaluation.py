@@ -181,10 +181,12 @@ def _controls(panel: pd.DataFrame, plan: FlowPlan) -> list[str]:
     usual = [*CONTROLS, *(name for name in panel.columns if _MARKET_RETURN.fullmatch(name))]
     if plan.controls is None:
         return usual
-    unknown = [name for name in plan.controls if name not in panel.columns]
+    # A target, or a regime in words, is a column too, but no control.
+    allowed = [name for name in (*usual, "rv_z", "low_liquidity") if name in panel.columns]
+    unknown = [name for name in plan.controls if name not in allowed]
     if unknown:
-        known = ", ".join(name for name in usual if name in panel.columns)
-        raise ConfigError(f"controls = {unknown[0]!r}: no such column; name some of {known}")
+        known = ", ".join(allowed)
+        raise ConfigError(f"controls = {unknown[0]!r}: no such control; name some of {known}")
     return list(plan.controls)
 
 

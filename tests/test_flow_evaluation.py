@@ -233,10 +233,11 @@ def test_missing_columns__are_named() -> None:
         flow_tables(bars.head(0), plan())
 
 
-def test_unknown_control__is_named_with_those_that_the_bars_have() -> None:
-    known = "spread_bps, ret_1h, ret_3h, ETHUSDT_ret_1h, ETHUSDT_ret_3h"
-    with pytest.raises(ConfigError, match=f"controls = 'nope': no such column; name some of {known}$"):
-        flow_tables(made_bars(1), plan(controls=("ret_1h", "nope")))
+@pytest.mark.parametrize("name", ["nope", "ret_fwd_3h", "volatility_regime"])
+def test_unknown_control__is_named_with_those_that_the_bars_have(name: str) -> None:
+    known = "spread_bps, ret_1h, ret_3h, ETHUSDT_ret_1h, ETHUSDT_ret_3h, low_liquidity"
+    with pytest.raises(ConfigError, match=f"controls = '{name}': no such control; name some of {known}$"):
+        flow_tables(made_bars(1), plan(controls=("ret_1h", name)))
 
 
 def write_run(out: Path, tables: dict[str, pd.DataFrame], days: int, **more: object) -> Path:
