@@ -25,19 +25,25 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
 
 def rows_table(run: dict[str, Any]) -> Table:
     """Rows of a run (the content of run.json): trades kept, trades and book rows dropped by reason."""
-    columns = ["symbol", "trades", "kept", "dropped", "book rows", "skipped"]
+    columns = ["symbol", "trades", "kept", "labelled", "dropped", "book rows", "skipped"]
     rows = [
         [
             symbol,
             f"{counts['trades']:,}",
             f"{counts['kept']:,}",
-            ", ".join(f"{reason} {count:,}" for reason, count in counts["dropped"].items()),
+            f"{counts['labelled']:,}" if "labelled" in counts else "-",
+            _reasons(counts["dropped"]),
             f"{counts['book_rows']:,}",
-            ", ".join(f"{reason} {count:,}" for reason, count in counts["book_skipped"].items()),
+            _reasons(counts["book_skipped"]),
         ]
         for symbol, counts in run["rows"].items()
     ]
     return table("rows", columns, rows)
+
+
+def _reasons(counts: dict[str, int]) -> str:
+    """Counts above zero by reason."""
+    return ", ".join(f"{reason} {count:,}" for reason, count in counts.items() if count) or "none"
 
 
 def ingest_tables(done: IngestReport) -> list[Table]:
