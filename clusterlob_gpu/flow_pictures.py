@@ -184,7 +184,7 @@ def quantile_returns(view: FlowView) -> Figure:
         axes.vlines(mine["quantile"], mine["ci_low"], mine["ci_high"], color=INK, linewidth=1.1)
         plain(axes, "mean return (bps)" if factor == LARGE else "")
         spread = view.rows("spreads", target=view.target, signal=factor).iloc[0]
-        axes.set_title(f"{NAMES[factor]}\n{_spread_words(spread)}", fontsize=8.5, loc="left")
+        axes.set_title(f"{NAMES[factor]}\n{_spread_words(spread)}", fontsize=7.5, loc="left")
         axes.set_xticks(sorted(mine["quantile"]))
         axes.set_xlabel("quantile", fontsize=8.5)
     return figure
@@ -193,7 +193,7 @@ def quantile_returns(view: FlowView) -> Figure:
 def _spread_words(row: pd.Series) -> str:
     if pd.isna(row["spread_bps"]):
         return "top - bottom: too few bars"
-    return f"top - bottom {row['spread_bps']:+.1f} [{row['ci_low']:+.1f}, {row['ci_high']:+.1f}] bps"
+    return f"top - bottom {row['spread_bps']:+.3g} [{row['ci_low']:+.3g}, {row['ci_high']:+.3g}] bps"
 
 
 def slices(view: FlowView, table: str, what: str) -> Figure:
