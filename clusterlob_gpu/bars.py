@@ -13,9 +13,7 @@ import numpy as np
 import pandas as pd
 
 from clusterlob_gpu import kernels
-from clusterlob_gpu.schema import US_PER_DAY
-
-ALL_CLUSTERS = -1
+from clusterlob_gpu.schema import ALL_CLUSTERS, US_PER_DAY
 
 
 @dataclass(frozen=True)

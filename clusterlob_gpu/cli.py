@@ -311,11 +311,9 @@ def _request(
 
 def _finish(job: Callable[..., Path], request: RunRequest[Any], options: dict[str, Any]) -> None:
     """Run a job on its workers and print its tables."""
-    from clusterlob_gpu import pipeline
     from clusterlob_gpu.workers import open_workers, read_place
 
     place = read_place(options["workers"])
-    pipeline.check_range(request)
     with _progress() as step, open_workers(place, step) as workers:
         out = job(request, workers)
     _show(out)

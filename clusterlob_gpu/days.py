@@ -96,9 +96,7 @@ def reduce_book(job: DayJob[RunConfig]) -> BookDay:
         _write_rows(rows, folder / "rows.parquet")
         return {"rows": len(rows), "skipped": skipped, "summary": context.summarise(rows).as_record()}
 
-    record = store.record("book", key)
-    reused = record is not None
-    record = record or store.write("book", key, fill)
+    record, reused = store.reuse_or_write("book", key, fill)
     summary = BookSummary.from_record(record["summary"])
     return BookDay(job.day, key, record["rows"], record["skipped"], summary, reused)
 
@@ -182,9 +180,7 @@ def make_features(task: tuple[ClusterDay, BookDay, State]) -> FeatureDay:
         )
         return {"trades": n, "kept": len(met.ts), "dropped": met.dropped}
 
-    record = store.record("features", key)
-    reused = record is not None
-    record = record or store.write("features", key, fill)
+    record, reused = store.reuse_or_write("features", key, fill)
     return FeatureDay(job.day, key, record["trades"], record["kept"], record["dropped"], reused)
 
 

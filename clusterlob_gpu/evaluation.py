@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 from scipy.stats import false_discovery_control, norm, rankdata
 
 from clusterlob_gpu.errors import InputError
-from clusterlob_gpu.schema import US_PER_DAY
+from clusterlob_gpu.schema import ALL_CLUSTERS, US_PER_DAY
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-ALL_CLUSTERS = -1
 OFI_KINDS = ("ofi_size", "ofi_count", "ofi_notional")
 
 MARKOUT_COLUMNS = (

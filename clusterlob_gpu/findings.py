@@ -12,9 +12,9 @@ import pandas as pd
 
 from clusterlob_gpu import page, pictures
 from clusterlob_gpu.config import format_duration, parse_duration
-from clusterlob_gpu.evaluation import ALL_CLUSTERS, Z_95, Z_POWER
+from clusterlob_gpu.evaluation import Z_95, Z_POWER
 from clusterlob_gpu.pictures import SIDES, View
-from clusterlob_gpu.schema import US_PER_DAY
+from clusterlob_gpu.schema import ALL_CLUSTERS, US_PER_DAY
 
 HEADLINE_SIGNAL, HEADLINE_TARGET = "ofi_size", "frnb"
 """The pair for which the research log reports an IC."""

@@ -70,9 +70,7 @@ def reduce_trades(task: tuple[FlowDay, str]) -> TradeDay:
         unknown = int(np.count_nonzero(trades.side > SIDE_SELL))
         return {"trades": len(trades.ts), "takers": len(takers.ts), "unknown": unknown}
 
-    record = store.record("trades", key)
-    reused = record is not None
-    record = record or store.write("trades", key, fill)
+    record, reused = store.reuse_or_write("trades", key, fill)
     return TradeDay(job.day, key, record["trades"], record["takers"], record["unknown"], reused)
 
 

@@ -15,7 +15,7 @@ from clusterlob_gpu import flow_pictures, page
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.flow_evaluation import LARGE, SMALL, TOTAL
 from clusterlob_gpu.flow_pictures import NAMES, FlowView, signal_name
-from clusterlob_gpu.page import interval, number, text_table
+from clusterlob_gpu.page import ic_cells, interval, number, text_table
 from clusterlob_gpu.regression import CONTROLLED, INTERACTED, INTERACTION
 
 EXPERIMENT = "flow"
@@ -291,15 +291,7 @@ def ic_rows(view: FlowView) -> list[dict[str, str]]:
         {
             "signal": signal_name(row["signal"]),
             "target": str(row["target"]),
-            "n": number(row["n"], ",.0f"),
-            "IC": number(row["ic"], "+.4f"),
-            "verdict": str(row["verdict"]),
-            "95 % interval": interval(row, "ci_low", "ci_high", "+.3f"),
-            "rank IC": number(row["rank_ic"], "+.4f"),
-            "HAC t": number(row["hac_t"], "+.2f"),
-            "lags": number(row["lags"], "d"),
-            "p corrected": number(row["p_fdr"], ".3f"),
-            "MDE": number(row["mde"], ".3f"),
+            **ic_cells(row),
             "n eff.": number(row["n_eff"], ",.0f"),
             "every H-th bar": number(row["non_overlap_mean"], "+.4f"),
             "daily t": number(row["daily_ic_t"], "+.2f"),

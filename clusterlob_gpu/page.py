@@ -73,7 +73,23 @@ def text_table(title: str, rows: list[dict[str, str]]) -> Table:
     return table
 
 
+def ic_cells(row: pd.Series) -> dict[str, str]:
+    """What every table of ICs says of a row of `evaluation.ic_table`, as text."""
+    return {
+        "n": number(row["n"], ",.0f"),
+        "IC": number(row["ic"], "+.4f"),
+        "verdict": str(row["verdict"]),
+        "95 % interval": interval(row, "ci_low", "ci_high", "+.3f"),
+        "rank IC": number(row["rank_ic"], "+.4f"),
+        "HAC t": number(row["hac_t"], "+.2f"),
+        "lags": number(row["lags"], "d"),
+        "p corrected": number(row["p_fdr"], ".3f"),
+        "MDE": number(row["mde"], ".3f"),
+    }
+
+
 def is_numeric(text: str) -> bool:
+    """Whether a cell holds a number, an interval, or nothing."""
     number = r"[-+]?[\d.,]+(e[-+]?\d+)?%?"
     return text == NOTHING or re.fullmatch(f"{number}( to {number})?", text) is not None
 

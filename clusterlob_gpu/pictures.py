@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from clusterlob_gpu.config import format_duration, parse_duration
-from clusterlob_gpu.evaluation import ALL_CLUSTERS, OFI_KINDS, on_grid
+from clusterlob_gpu.evaluation import OFI_KINDS, on_grid
 from clusterlob_gpu.lake.layout import day_of_us
-from clusterlob_gpu.schema import US_PER_DAY, Z_FEATURES
+from clusterlob_gpu.schema import ALL_CLUSTERS, US_PER_DAY, Z_FEATURES
 
 WIDTH_IN, DPI = 7.6, 150
 _CAPTION_CHARS, _LEGEND_CHARS = 120, 18

@@ -17,11 +17,10 @@ from rich.table import Table
 from clusterlob_gpu import flow_report, page, pictures
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.errors import InputError
-from clusterlob_gpu.evaluation import ALL_CLUSTERS
 from clusterlob_gpu.findings import HEADLINE_SIGNAL, HEADLINE_TARGET, MIXED, findings
-from clusterlob_gpu.page import interval, number, text_table
+from clusterlob_gpu.page import ic_cells, interval, number, text_table
 from clusterlob_gpu.pictures import SIDES, View
-from clusterlob_gpu.schema import FEATURES, Z_FEATURES
+from clusterlob_gpu.schema import ALL_CLUSTERS, FEATURES, Z_FEATURES
 
 EXPERIMENTS = ("cluster", "label")
 """Runs that leave the tables shown here; those of `flow_report` are passed on to it."""
@@ -149,15 +148,7 @@ def ic_rows(view: View) -> list[dict[str, str]]:
             "signal": str(row["signal"]),
             "cluster": view.name(int(row["cluster"])),
             "target": str(row["target"]) + ("" if row["predictive"] else " (same bucket)"),
-            "n": number(row["n"], ",.0f"),
-            "IC": number(row["ic"], "+.4f"),
-            "verdict": str(row["verdict"]),
-            "95 % interval": interval(row, "ci_low", "ci_high", "+.3f"),
-            "rank IC": number(row["rank_ic"], "+.4f"),
-            "HAC t": number(row["hac_t"], "+.2f"),
-            "lags": number(row["lags"], "d"),
-            "p corrected": number(row["p_fdr"], ".3f"),
-            "MDE": number(row["mde"], ".3f"),
+            **ic_cells(row),
             "less benchmark": number(row["diff"], "+.4f"),
             "its 95 % interval": interval(row, "diff_low", "diff_high", "+.3f"),
             "n eff.": number(row["n_eff"], ",.0f"),

@@ -138,6 +138,9 @@ EXCHANGE_IDS = {
 
 MAX_TS = 2**63 - 1
 
+ALL_CLUSTERS = -1
+"""Number that stands for all clusters together in tables by cluster."""
+
 NO_ID = -1
 """A trade id that is not a number."""
 

@@ -64,6 +64,13 @@ class Store:
             return None
         return record if whole else None
 
+    def reuse_or_write(
+        self, stage: str, key: str, fill: Callable[[Path], dict[str, Any]]
+    ) -> tuple[dict[str, Any], bool]:
+        """The artefact's record, and whether it was there already; see `write` for `fill`."""
+        present = self.record(stage, key)
+        return (self.write(stage, key, fill), False) if present is None else (present, True)
+
     def write(self, stage: str, key: str, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """Make an artefact: `fill` writes its files into a folder and returns its record."""
         final = self.path(stage, key)

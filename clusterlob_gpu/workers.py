@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -78,32 +79,13 @@ def _named_place(name: str) -> Path:
 
 @contextmanager
 def open_workers(place: Place, progress: Progress) -> Iterator[Workers]:
-    """Start the workers of a place, and stop them at the end."""
+    """The workers of a place, stopped at the end; Dask starts with the first tasks, after all checks."""
     if place.kind == "threads":
         with ThreadPoolExecutor(place.n_workers) as pool:
             yield _Threads(pool, place, progress)
         return
-    import dask
-    from distributed import Client, LocalCluster
-
-    settings = {
-        "distributed.admin.tick.limit": "1h",
-        "distributed.worker.daemon": True,
-    }
-    with (
-        dask.config.set(settings),
-        LocalCluster(
-            n_workers=place.n_workers,
-            threads_per_worker=place.threads_per_worker,
-            memory_limit=place.memory_limit,
-            processes=True,
-            host="127.0.0.1",
-            # Any free port: with None it is 8787, which a second run on the machine would find taken.
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield _Dask(client, place, progress)
+    with ExitStack() as running:
+        yield _Dask(running, place, progress)
 
 
 class _Threads:
@@ -132,9 +114,31 @@ class _Threads:
 class _Dask:
     """Workers of a Dask cluster; only paths, records and centroids travel."""
 
-    def __init__(self, client: Any, place: Place, progress: Progress) -> None:
-        self.client, self.progress = client, progress
+    def __init__(self, running: ExitStack, place: Place, progress: Progress) -> None:
+        self.running, self.place, self.progress = running, place, progress
         self.name = f"{place.n_workers} local workers x {place.threads_per_worker} threads"
+
+    @cached_property
+    def client(self) -> Any:
+        """Client of the cluster, both started now and stopped with `running`."""
+        import dask
+        from distributed import Client, LocalCluster
+
+        settings = {
+            "distributed.admin.tick.limit": "1h",
+            "distributed.worker.daemon": True,
+        }
+        self.running.enter_context(dask.config.set(settings))
+        cluster = LocalCluster(
+            n_workers=self.place.n_workers,
+            threads_per_worker=self.place.threads_per_worker,
+            memory_limit=self.place.memory_limit,
+            processes=True,
+            host="127.0.0.1",
+            # Any free port: with None it is 8787, which a second run on the machine would find taken.
+            dashboard_address="127.0.0.1:0",
+        )
+        return self.running.enter_context(Client(self.running.enter_context(cluster)))
 
     def map(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         from distributed import as_completed

@@ -2,6 +2,6 @@
 
 from clusterlob_gpu.pipeline.cluster import check_request, label, run_cluster
 from clusterlob_gpu.pipeline.flow import run_flow
-from clusterlob_gpu.pipeline.run import RunRequest, check_range
+from clusterlob_gpu.pipeline.run import RunRequest
 
-__all__ = ["RunRequest", "check_range", "check_request", "label", "run_cluster", "run_flow"]
+__all__ = ["RunRequest", "check_request", "label", "run_cluster", "run_flow"]

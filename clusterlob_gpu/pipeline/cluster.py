@@ -17,7 +17,6 @@ from clusterlob_gpu.config import ClusterConfig, format_duration
 from clusterlob_gpu.days import FeatureDay, LabelJob, LabelledDay, TrainDay, next_day
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.lake.layout import day_of_us, day_start_us
-from clusterlob_gpu.lake.native import days_between
 from clusterlob_gpu.pipeline.carry import CarriedRun, prepare_states
 from clusterlob_gpu.pipeline.run import (
     Clock,
@@ -80,7 +79,7 @@ def check_request(request: ClusterRequest) -> list[ClusterRun]:
 
 def windows(request: ClusterRequest) -> list[Window]:
     """Fits of the run: one in sample, or one per walk-forward step."""
-    config, asked = request.config, days_between(request.start, request.end)
+    config, asked = request.config, request.days
     after = day_start_us(next_day(request.end))
     if request.models is not None:
         return [Window(0, [], asked, after)]
@@ -103,7 +102,11 @@ def windows(request: ClusterRequest) -> list[Window]:
 
 def run_cluster(request: ClusterRequest, workers: Workers) -> Path:
     """Run the whole experiment and return the output directory."""
-    runs = check_request(request)
+    return _run(request, check_request(request), workers)
+
+
+def _run(request: ClusterRequest, runs: Sequence[ClusterRun], workers: Workers) -> Path:
+    """Run a checked request."""
 
     def compute(directory: RunDirectory, clock: Clock) -> Outcome:
         parts: dict[str, list[pd.DataFrame]] = {}
@@ -454,9 +457,10 @@ def label(request: ClusterRequest, workers: Workers) -> Path:
 
     Raises InputError naming the symbol without a model, or the field in which the two differ.
     """
+    runs = check_request(request)
     models = {name: _model_for(request, name) for name in request.symbols}
     settled = request.config.model_copy(update=_fitted_settings(request, list(models.values())))
-    return run_cluster(replace(request, models=models, config=settled), workers)
+    return _run(replace(request, models=models, config=settled), runs, workers)
 
 
 def _model_for(request: ClusterRequest, name: str) -> Model:
