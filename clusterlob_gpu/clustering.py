@@ -10,8 +10,8 @@ A day's z-scores are (6, n) float32 with columns apart, in the order of `Z_FEATU
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -134,23 +134,41 @@ def partial(z: np.ndarray, bounds: Bounds, centroids: np.ndarray) -> Partial:
 
 
 def lloyd(centroids: np.ndarray, one_pass: Callable[[np.ndarray], Sequence[Partial]]) -> Fit:
-    """Lloyd's algorithm from `centroids`; `one_pass` gives the days' partials in day order.
+    """`lloyd_together` of a single fit."""
+    return lloyd_together([centroids], lambda held: {0: one_pass(held[0])})[0]
 
-    A centre without rows stays where it is.
+
+def lloyd_together(
+    starts: Sequence[np.ndarray], one_pass: Callable[[dict[int, np.ndarray]], Mapping[int, Sequence[Partial]]]
+) -> list[Fit]:
+    """Lloyd's algorithm from each of `starts` ((k, 6), k may differ), every fit in the same passes.
+
+    `one_pass` is given the centroids of the fits that still move, by number, and gives for each the
+    partials of its days in day order.  A centre without rows stays where it is.
     """
+    moving, fits = dict(enumerate(starts)), dict[int, Fit]()
     for passes in range(1, MAX_PASSES + 1):
-        parts = one_pass(centroids)
-        counts = np.sum([part.counts for part in parts], axis=0)
-        sums = np.zeros_like(centroids)
-        for part in parts:
-            sums += part.sums
-        inertia = float(np.sum([part.inertia for part in parts]))
-        moved = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centroids)
-        shift = float(((moved - centroids) ** 2).sum())
-        centroids = moved
-        if shift <= SHIFT_TOLERANCE:
-            return Fit(centroids, counts, inertia, passes, True)
-    return Fit(centroids, counts, inertia, MAX_PASSES, False)
+        if not moving:
+            break
+        parts = one_pass(moving)
+        for number in list(moving):
+            fit, shift = _moved(moving[number], parts[number], passes)
+            moving[number] = fit.centroids
+            if shift <= SHIFT_TOLERANCE or passes == MAX_PASSES:
+                fits[number] = replace(fit, converged=shift <= SHIFT_TOLERANCE)
+                del moving[number]
+    return [fits[number] for number in range(len(starts))]
+
+
+def _moved(centroids: np.ndarray, parts: Sequence[Partial], passes: int) -> tuple[Fit, float]:
+    """The fit after a pass, and the squared shift of all its centres together."""
+    counts = np.sum([part.counts for part in parts], axis=0)
+    sums = np.zeros_like(centroids)
+    for part in parts:
+        sums += part.sums
+    moved = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], centroids)
+    inertia = float(np.sum([part.inertia for part in parts]))
+    return Fit(moved, counts, inertia, passes, False), float(((moved - centroids) ** 2).sum())
 
 
 def fit_sklearn(z: np.ndarray, centroids: np.ndarray) -> Fit:

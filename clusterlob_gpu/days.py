@@ -1,15 +1,17 @@
 """Tasks of one (symbol, day): each reads its day, calls the pure steps, writes and returns little.
 
 A task takes one picklable argument, so that it runs alike in a thread and on a Dask worker.  Tables
-stay where they are written; what returns is a record, a few sums, or a table of 288 buckets.
+stay where they are written; what returns is a record, a few sums, or a table of 288 buckets.  What a
+task makes is named before it is made (`book_artefact` and its like), so that a plan can ask what exists.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, Self
 
 import numpy as np
 import pandas as pd
@@ -17,15 +19,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clusterlob_gpu import bars, clustering, context, features, kernels, returns, schema
-from clusterlob_gpu.clustering import Bounds, Model, Partial
+from clusterlob_gpu.clustering import Bounds, Fit, Model, Partial
 from clusterlob_gpu.config import ClusterConfig, Config, RunConfig
 from clusterlob_gpu.context import BookCarry, BookSummary
+from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.features import MetTrades
+from clusterlob_gpu.files import Folder
 from clusterlob_gpu.lake import layout, native, symbols
 from clusterlob_gpu.lake.layout import day_start_us
 from clusterlob_gpu.lake.native import SymbolLake
 from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES, Context
-from clusterlob_gpu.store import Store, array_hash, artefact_key, load_column, save_columns, source_hash
+from clusterlob_gpu.store import Artefact, Made, Store, array_hash, load_column, save_columns, source_hash
 
 CONTEXT_CODE = source_hash(__file__, [kernels, context, native, symbols, layout, schema])
 FEATURE_CODE = source_hash(__file__, [kernels, context, features, native, symbols, layout, schema])
@@ -39,9 +43,13 @@ class DayJob(Generic[Config]):
     """What every task of a symbol's day needs to know."""
 
     lake: SymbolLake
-    store: Path
+    store: Folder
     config: Config
     day: date
+
+    def artefact(self, stage: str, **inputs: Any) -> Artefact:
+        """The artefact of a stage that is made of these inputs."""
+        return Artefact(stage, self.lake.symbol.folder_name, self.day.isoformat(), inputs)
 
 
 ClusterDay = DayJob[ClusterConfig]
@@ -52,11 +60,17 @@ class BookDay:
     """A day's reduced book: where it is, and what it adds to the carry."""
 
     day: date
-    key: str
+    made: Made
     rows: int
     skipped: dict[str, int]
     summary: BookSummary
-    reused: bool
+
+    @classmethod
+    def of(cls, day: date, made: Made) -> Self:
+        """From what the store has kept."""
+        kept = made.record
+        summary = BookSummary.from_record(kept["summary"])
+        return cls(day, made.brief(), kept["rows"], kept["skipped"], summary)
 
 
 @dataclass(frozen=True)
@@ -68,37 +82,49 @@ class State:
 
 
 @dataclass(frozen=True)
+class TailDay:
+    """Raw features (6, m) of the last window - 1 trades of a day, fewer if the day has fewer."""
+
+    day: date
+    made: Made | None
+    """None where a day without any book before it needs no computing."""
+    raw: np.ndarray
+
+
+@dataclass(frozen=True)
 class FeatureDay:
     """A day's feature artefact and its counts."""
 
     day: date
-    key: str
+    made: Made
     trades: int
     kept: int
     dropped: dict[str, int]
-    reused: bool
+
+
+def book_artefact(job: DayJob[RunConfig]) -> Artefact:
+    """Name of a day's reduced book: it depends on the lake's files, the table and the depth alone."""
+    config = job.config
+    return job.artefact(
+        "book",
+        code=CONTEXT_CODE,
+        files=job.lake.fingerprint(config.book, job.day),
+        book=config.book,
+        depth=config.depth if config.book == "book_snapshot_25" else 1,
+    )
 
 
 def reduce_book(job: DayJob[RunConfig]) -> BookDay:
     """Reduce a day's book rows to valid flat rows, once per lake."""
-    config, store = job.config, Store(job.store)
-    depth = config.depth if config.book == "book_snapshot_25" else 1
-    key = artefact_key(
-        code=CONTEXT_CODE,
-        files=job.lake.fingerprint(config.book, job.day),
-        day=job.day,
-        book=config.book,
-        depth=depth,
-    )
+    artefact = book_artefact(job)
 
     def fill(folder: Path) -> dict[str, Any]:
-        rows, skipped = context.valid_rows(job.lake.read_book(job.day, config.book, depth))
+        book, depth = artefact.inputs["book"], artefact.inputs["depth"]
+        rows, skipped = context.valid_rows(job.lake.read_book(job.day, book, depth))
         _write_rows(rows, folder / "rows.parquet")
         return {"rows": len(rows), "skipped": skipped, "summary": context.summarise(rows).as_record()}
 
-    record, reused = store.reuse_or_write("book", key, fill)
-    summary = BookSummary.from_record(record["summary"])
-    return BookDay(job.day, key, record["rows"], record["skipped"], summary, reused)
+    return BookDay.of(job.day, Store(job.store).make(artefact, fill))
 
 
 def _write_rows(rows: pd.DataFrame, path: Path) -> None:
@@ -116,7 +142,7 @@ def book_rows(job: DayJob[RunConfig], book: BookDay | None) -> pd.DataFrame:
     """A day's valid book rows, none for a day without a book."""
     if book is None:
         return pd.DataFrame({name: np.empty(0, np.int64) for name in context.ROW_COLUMNS})
-    path = Store(job.store).path("book", book.key) / "rows.parquet"
+    path = Store(job.store).folder(book.made.address) / "rows.parquet"
     return pq.read_table(path, use_threads=False).to_pandas()
 
 
@@ -139,33 +165,65 @@ def _meet(job: ClusterDay, book: Context, last: int | None = None) -> tuple[MetT
     return met, len(trades.ts)
 
 
-def own_tail(task: tuple[ClusterDay, BookDay | None, BookCarry | None]) -> np.ndarray:
-    """Raw features (6, m) of the last window - 1 trades of a day, fewer if the day has fewer."""
+TailTask = tuple[ClusterDay, BookDay | None, BookCarry | None]
+
+
+def tail_artefact(task: TailTask) -> Artefact:
+    """Name of a day's tail: of its trades, its book, and the book before it."""
+    job, book, carry = task
+    return job.artefact("tail", **_met_inputs(job, book, carry), config=_feature_settings(job.config))
+
+
+def _met_inputs(job: ClusterDay, book: BookDay | None, carry: BookCarry | None) -> dict[str, Any]:
+    return {
+        "code": FEATURE_CODE,
+        "files": job.lake.fingerprint("trades", job.day),
+        "book": book.made.address if book else None,
+        "carry": asdict(carry) if carry else None,
+    }
+
+
+def _feature_settings(config: ClusterConfig) -> dict[str, Any]:
+    return config.model_dump(include={"window", "max_staleness", "same_side", "spread", "asof"})
+
+
+def own_tail(task: TailTask) -> TailDay:
+    """Raw features of the last window - 1 trades of a day."""
     job, book, carry = task
     nothing = np.empty((len(FEATURES), 0))
     if book is None and carry is None:
-        return nothing
-    around, wanted = _context(job, book, carry), job.config.window - 1
-    last = max(_TAIL_ROWS, 2 * wanted)
-    met, _ = _meet(job, around, last)
-    if met.raw.shape[1] < wanted:
-        met, _ = _meet(job, around)
-    return features.last_columns(nothing, met.raw, job.config.window)
+        return TailDay(job.day, None, nothing)
+
+    def fill(folder: Path) -> dict[str, Any]:
+        around, wanted = _context(job, book, carry), job.config.window - 1
+        met, _ = _meet(job, around, max(_TAIL_ROWS, 2 * wanted))
+        if met.raw.shape[1] < wanted:
+            met, _ = _meet(job, around)
+        save_columns(folder, raw=features.last_columns(nothing, met.raw, job.config.window))
+        return {}
+
+    store = Store(job.store)
+    made = store.make(tail_artefact(task), fill)
+    return TailDay(job.day, made.brief(), np.array(load_column(store.folder(made.address), "raw")))
 
 
-def make_features(task: tuple[ClusterDay, BookDay, State]) -> FeatureDay:
+FeatureTask = tuple[ClusterDay, BookDay, State]
+
+
+def feature_artefact(task: FeatureTask) -> Artefact:
+    """Name of a day's features: of its trades, its book, and the state it starts from."""
+    job, book, state = task
+    return job.artefact(
+        "features",
+        **_met_inputs(job, book, state.book),
+        tail=array_hash(state.tail),
+        config=_feature_settings(job.config),
+    )
+
+
+def make_features(task: FeatureTask) -> FeatureDay:
     """Features of a day's trades: z-scores as float32, and what labelling needs besides."""
     job, book, state = task
-    config, store = job.config, Store(job.store)
-    key = artefact_key(
-        code=FEATURE_CODE,
-        files=job.lake.fingerprint("trades", job.day),
-        day=job.day,
-        book=book.key,
-        carry=None if state.book is None else asdict(state.book),
-        tail=array_hash(state.tail),
-        config=config.model_dump(include={"window", "max_staleness", "same_side", "spread", "asof"}),
-    )
 
     def fill(folder: Path) -> dict[str, Any]:
         met, z, n = _scored(job, book, state, np.float32)
@@ -180,8 +238,9 @@ def make_features(task: tuple[ClusterDay, BookDay, State]) -> FeatureDay:
         )
         return {"trades": n, "kept": len(met.ts), "dropped": met.dropped}
 
-    record, reused = store.reuse_or_write("features", key, fill)
-    return FeatureDay(job.day, key, record["trades"], record["kept"], record["dropped"], reused)
+    made = Store(job.store).make(feature_artefact(task), fill)
+    kept = made.record
+    return FeatureDay(job.day, made.brief(), kept["trades"], kept["kept"], kept["dropped"])
 
 
 def _scored(
@@ -200,11 +259,16 @@ class TrainDay:
     features: FeatureDay
     until: int
 
+    @property
+    def whole(self) -> bool:
+        """Whether every row of the day may be trained on."""
+        return self.until >= day_start_us(self.features.day) + US_PER_DAY
+
     def z(self) -> np.ndarray:
         """z-scores (6, n) float32 of the rows that may be trained on."""
-        folder = Store(self.job.store).path("features", self.features.key)
+        folder = Store(self.job.store).folder(self.features.made.address)
         z = load_column(folder, "z")
-        if self.until >= day_start_us(self.features.day) + US_PER_DAY:
+        if self.whole:
             return z
         rows = int(np.searchsorted(load_column(folder, "ts"), self.until))
         return np.ascontiguousarray(z[:, :rows])
@@ -215,23 +279,47 @@ def train_rows(train: TrainDay) -> int:
     return train.z().shape[1]
 
 
-def sample_day(task: tuple[TrainDay, int, int]) -> np.ndarray:
-    """A seeded sample (6, m) of a training day's rows, given all rows of the training."""
-    train, total, seed = task
-    z = train.z()
-    number = (train.features.day - date(1970, 1, 1)).days
-    return z[:, clustering.sample_rows(z.shape[1], total, seed, number)]
+@dataclass(frozen=True)
+class FitJob:
+    """One fit: the rows of its training days, `total` in all, clipped to the bounds."""
+
+    train: tuple[TrainDay, ...]
+    total: int
+    bounds: Bounds
+    config: ClusterConfig
 
 
-def all_rows(train: TrainDay) -> np.ndarray:
-    """Every training row (6, n) of a day, for the engines that need them merged."""
-    return np.array(train.z())
+def start_fit(fit: FitJob) -> np.ndarray | InputError:
+    """Starting centres (k, 6) from a seeded sample of the training rows, or why there are none."""
+    config, sample = fit.config, []
+    for train in fit.train:
+        z, number = train.z(), (train.features.day - date(1970, 1, 1)).days
+        sample.append(z[:, clustering.sample_rows(z.shape[1], fit.total, config.seed, number)])
+    rows = fit.bounds.clip(np.concatenate(sample, axis=1))
+    try:
+        return clustering.starting_centres(rows, config.k, config.seed, config.n_init)
+    except InputError as error:
+        return error
 
 
-def lloyd_day(task: tuple[TrainDay, Bounds, np.ndarray]) -> Partial:
-    """One Lloyd pass over a training day."""
-    train, bounds, centroids = task
-    return clustering.partial(train.z(), bounds, centroids)
+def fit_merged(task: tuple[FitJob, np.ndarray]) -> Fit:
+    """scikit-learn's fit from given centres, on all training rows in the memory of one worker."""
+    fit, centres = task
+    rows = np.concatenate([train.z() for train in fit.train], axis=1)
+    return clustering.fit_sklearn(fit.bounds.clip(rows), centres)
+
+
+Share = tuple[TrainDay, Bounds, np.ndarray]
+"""What one fit asks of one of its days in one pass: rows, bounds and centroids."""
+
+
+def lloyd_day(shares: Sequence[Share]) -> list[Partial]:
+    """One Lloyd pass over a day for every fit that trains on it."""
+    held: dict[int, np.ndarray] = {}
+    for train, _, _ in shares:
+        if train.until not in held:
+            held[train.until] = train.z()
+    return [clustering.partial(held[train.until], bounds, centres) for train, bounds, centres in shares]
 
 
 def high_counts_day(train: TrainDay) -> np.ndarray:
@@ -247,15 +335,17 @@ def low_counts_day(task: tuple[TrainDay, np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LabelJob:
-    """Label one day with a model."""
+    """Label one day with models, and sum each labelling up in buckets of its own width."""
 
     job: ClusterDay
     book: BookDay
     next_book: BookDay | None
     state: State
     features: FeatureDay
-    model: Model
+    asked: tuple[tuple[Model, int], ...]
+    """Models and widths of buckets (us)."""
     trades_file: Path | None
+    """Where the trades labelled by the first model are written, if anywhere."""
 
 
 @dataclass(frozen=True)
@@ -270,49 +360,71 @@ class LabelledDay:
     raw_sums: np.ndarray
 
 
-def label_day(task: LabelJob) -> LabelledDay:
-    """Label a day's trades and sum them up; writes the trades themselves if asked to."""
-    job, model = task.job, task.model
-    symbol, width, start = job.lake.symbol, job.config.bucket, day_start_us(job.day)
-    folder = Store(job.store).path("features", task.features.key)
+@dataclass(frozen=True)
+class _Kept:
+    """A day's trades with features, as the store has them, and the book they met."""
+
+    ts: np.ndarray
+    sign: np.ndarray
+    price: np.ndarray
+    qty: np.ndarray
+    row: np.ndarray
+    z: np.ndarray
+    raw: np.ndarray
+    around: Context
+
+
+def label_day(task: LabelJob) -> list[LabelledDay]:
+    """Label a day's trades with every model and sum them up; writes the trades themselves if asked to."""
+    job = task.job
+    folder = Store(job.store).folder(task.features.made.address)
     ts, sign, price, qty, row, z = (
         load_column(folder, name) for name in ("ts", "sign", "price", "qty", "row", "z")
     )
-    label = model.label(z)
     around = _context(job, task.book, task.state.book)
-    own_side = job.config.same_side == "own"
-    raw = features.raw_features(ts, sign, qty, row, around, own_side)
+    raw = features.raw_features(ts, sign, qty, row, around, job.config.same_side == "own")
+    trades = _Kept(ts, sign, price, qty, row, z, raw, around)
+    made = []
+    for at, (model, width) in enumerate(task.asked):
+        label = model.label(z)
+        made.append(_labelled(task, trades, model, width, label))
+        if at == 0 and task.trades_file is not None:
+            _write_trades(task, label, raw)
+    return made
+
+
+def _labelled(task: LabelJob, trades: _Kept, model: Model, width: int, label: np.ndarray) -> LabelledDay:
+    symbol, start = task.job.lake.symbol, day_start_us(task.job.day)
     k = len(model.numbers)
     z_sums, raw_sums = np.zeros((k, len(FEATURES))), np.zeros((k, len(FEATURES)))
-    kernels.cluster_sums(z, label, z_sums)
-    kernels.cluster_sums(raw, label, raw_sums)
-    flow = bars.day_flow(ts, sign, price, qty, label, start=start, width=width, k=k)
-    if task.trades_file is not None:
-        _write_trades(task, label, raw)
+    kernels.cluster_sums(trades.z, label, z_sums)
+    kernels.cluster_sums(trades.raw, label, raw_sums)
+    flow = bars.day_flow(
+        trades.ts, trades.sign, trades.price, trades.qty, label, start=start, width=width, k=k
+    )
+    table = bars.flow_table(
+        flow,
+        start=start,
+        width=width,
+        numbers=model.numbers,
+        price_unit=symbol.price_unit,
+        qty_unit=symbol.qty_unit,
+    )
     return LabelledDay(
-        day=job.day,
-        flow=bars.flow_table(
-            flow,
-            start=start,
-            width=width,
-            numbers=model.numbers,
-            price_unit=symbol.price_unit,
-            qty_unit=symbol.qty_unit,
-        ),
-        markouts=_markouts(task, around, ts, sign, row, label),
+        day=task.job.day,
+        flow=table,
+        markouts=_markouts(task, trades, model, width, label),
         counts=np.bincount(label, minlength=k),
         z_sums=z_sums,
         raw_sums=raw_sums,
     )
 
 
-def _markouts(
-    task: LabelJob, around: Context, ts: np.ndarray, sign: np.ndarray, row: np.ndarray, label: np.ndarray
-) -> pd.DataFrame:
+def _markouts(task: LabelJob, trades: _Kept, model: Model, width: int, label: np.ndarray) -> pd.DataFrame:
     """Mark-outs of a day, with the first minutes of the next day's book where the lake has it."""
     job = task.job
     stop = day_start_us(job.day) + US_PER_DAY
-    book_ts, mid2 = around.ts, around.mid2
+    book_ts, mid2 = trades.around.ts, trades.around.mid2
     if task.next_book is not None:
         rows = book_rows(job, task.next_book)
         soon = rows[rows["ts"] < stop + max(returns.MARKOUTS_US)]
@@ -320,17 +432,17 @@ def _markouts(
         mid2 = np.concatenate([mid2, (soon["bid"] + soon["ask"]).to_numpy(np.int64)])
         stop += US_PER_DAY
     return returns.day_markouts(
-        ts,
-        sign,
-        row,
+        trades.ts,
+        trades.sign,
+        trades.row,
         label,
         book_ts,
         mid2,
         covered_until=stop,
         max_staleness=job.config.max_staleness,
         start=day_start_us(job.day),
-        width=job.config.bucket,
-        numbers=task.model.numbers,
+        width=width,
+        numbers=model.numbers,
     )
 
 
@@ -346,7 +458,7 @@ def _write_trades(task: LabelJob, label: np.ndarray, raw: np.ndarray) -> None:
         "qty": symbols.decode(met.qty, symbol.qty_unit),
     }
     columns |= dict(zip(FEATURES, raw, strict=True)) | dict(zip(Z_FEATURES, z, strict=True))
-    columns["cluster"] = np.array(task.model.numbers, np.int8)[label]
+    columns["cluster"] = np.array(task.asked[0][0].numbers, np.int8)[label]
     task.trades_file.parent.mkdir(parents=True, exist_ok=True)
     temporary = task.trades_file.with_name(f".{task.trades_file.name}.tmp")
     pq.write_table(pa.table(columns), temporary, compression="zstd")
