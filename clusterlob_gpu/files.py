@@ -2,12 +2,18 @@
 
 A lake and a store may lie at a path or at `s3://bucket/prefix`.  Keys, region and endpoint of S3 come from
 the environment, as all its tools read them (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, ...).
+
+What cannot be reached (no permission, no connection, a disk's error) is an OSError of one line with the
+address; `parquet_faults` tells it from a file whose content is broken, which is a LakeError.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +22,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from clusterlob_gpu.errors import InputError
+from clusterlob_gpu.errors import InputError, LakeError
 
 _S3 = "s3://"
 
@@ -41,7 +47,7 @@ class Location:
 
     @classmethod
     def of(cls, where: str | Path | Location) -> Location:
-        """The location of a path (made absolute) or of an s3:// address; raises InputError for other schemes."""
+        """The location of a path (made absolute) or an s3:// address; raises InputError for other schemes."""
         if isinstance(where, Location):
             return where
         text = str(where)
@@ -67,40 +73,51 @@ class Location:
         """Last part of the name."""
         return self.name.rsplit("/", 1)[-1]
 
-    @property
-    def _system(self) -> tuple[pafs.FileSystem, str]:
-        if self.path is not None:
-            return pafs.LocalFileSystem(), self.name
-        return _object_store(_endpoint()), self.name.removeprefix(_S3)
+    @contextmanager
+    def _system(self) -> Iterator[tuple[pafs.FileSystem, str]]:
+        """The file system and the name in it; its errors get one line with this address."""
+        try:
+            if self.path is not None:
+                yield pafs.LocalFileSystem(), self.name
+            else:
+                yield _object_store(_endpoint()), self.name.removeprefix(_S3)
+        except OSError as error:
+            raise _unreachable(error, self) from None
 
     def entry(self) -> Entry | None:
         """What lies here; None where nothing does."""
-        system, name = self._system
-        info = system.get_file_info(name)
+        with self._system() as (system, name):
+            info = system.get_file_info(name)
         return None if info.type == pafs.FileType.NotFound else _entry(info, self.last)
 
     def entries(self, *, below: bool = False) -> list[Entry]:
         """What the folder holds, sorted by name, with `below` all levels; none if it is absent."""
-        system, name = self._system
-        found = system.get_file_info(pafs.FileSelector(name, allow_not_found=True, recursive=below))
+        with self._system() as (system, name):
+            found = system.get_file_info(pafs.FileSelector(name, allow_not_found=True, recursive=below))
         start = len(name) + 1
         return sorted(_entry(info, info.path[start:]) for info in found if info.path != name)
 
     def open(self) -> pa.NativeFile:
         """The file, open for reading at any place."""
-        system, name = self._system
-        return system.open_input_file(name)
+        with self._system() as (system, name):
+            return system.open_input_file(name)
+
+    def state(self, file: pa.NativeFile) -> str:
+        """Tells the content of the file, as `open` gave it, from what lay here before or will after."""
+        if self.path is None:
+            return str(file.metadata().get("ETag"))
+        stat = self.path.stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
 
     def read(self) -> bytes:
         """Content of the file."""
-        with self.open() as file:
+        with self._system() as (system, name), system.open_input_file(name) as file:
             return bytes(file.read())
 
     def write(self, content: bytes) -> None:
         """Write the file so that it is whole or absent; an older one is replaced."""
         if self.path is None:
-            system, name = self._system
-            with system.open_output_stream(name) as file:
+            with self._system() as (system, name), system.open_output_stream(name) as file:
                 file.write(content)
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,14 +127,20 @@ class Location:
 
     def fetch(self, target: Path) -> None:
         """Copy the file to a local one."""
-        system, name = self._system
-        with system.open_input_stream(name) as source, target.open("wb") as into:
+        with (
+            self._system() as (system, name),
+            system.open_input_stream(name) as source,
+            target.open("wb") as into,
+        ):
             shutil.copyfileobj(source, into, 1 << 22)
 
     def put(self, source: Path) -> None:
         """Copy a local file here."""
-        system, name = self._system
-        with source.open("rb") as file, system.open_output_stream(name) as into:
+        with (
+            source.open("rb") as file,
+            self._system() as (system, name),
+            system.open_output_stream(name) as into,
+        ):
             shutil.copyfileobj(file, into, 1 << 22)
 
     def remove(self) -> None:
@@ -125,9 +148,40 @@ class Location:
         if self.path is not None:
             shutil.rmtree(self.path) if self.path.is_dir() else self.path.unlink(missing_ok=True)
             return
-        found, (system, name) = self.entry(), self._system
+        found = self.entry()
         if found is not None:
-            system.delete_dir(name) if found.is_folder else system.delete_file(name)
+            with self._system() as (system, name):
+                system.delete_dir(name) if found.is_folder else system.delete_file(name)
+
+
+@contextmanager
+def parquet_faults(where: Location) -> Iterator[None]:
+    """While a Parquet file is decoded: LakeError if its content is broken, OSError if it cannot be reached.
+
+    Arrow raises OSError for both; but only the system's own errors have an errno, and those of S3 say
+    "AWS Error".  Memory that runs out is nobody's fault and stays a MemoryError.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error)):
+            raise _unreachable(error, where) from None
+        raise LakeError(f"{where}: not a readable Parquet file ({_line(error)}); ingest it again") from None
+
+
+def _unreachable(error: OSError, where: Location) -> OSError:
+    """The error as one line that names the file; unchanged if it names one already."""
+    if error.filename is not None:
+        return error
+    if error.errno is None:
+        return OSError(errno.EIO, _line(error), str(where))
+    return OSError(error.errno, os.strerror(error.errno), str(where))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _entry(info: pafs.FileInfo, name: str) -> Entry:

@@ -8,6 +8,7 @@ when the book at the same time counts too, or that is low on both, says that a c
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -18,6 +19,7 @@ import pandas as pd
 from clusterlob_gpu import kernels
 from clusterlob_gpu.context import valid_rows
 from clusterlob_gpu.errors import LakeError
+from clusterlob_gpu.files import Location
 from clusterlob_gpu.lake.native import SymbolLake, days_between, open_symbol
 from clusterlob_gpu.lake.symbols import read_dim_symbol
 from clusterlob_gpu.schema import LAKE_TABLES, SIDE_BUY, SIDE_SELL, Trades
@@ -65,8 +67,13 @@ class LakeCheck:
     days: list[DayCheck] = field(default_factory=list)
 
 
-def check_lake(root: Path, exchange: str | None = None, symbol: str | None = None) -> LakeCheck:
-    """Check every symbol of a lake, or the chosen ones.  Raises LakeError if there is none of them."""
+def check_lake(
+    root: str | Path | Location, exchange: str | None = None, symbol: str | None = None
+) -> LakeCheck:
+    """Check every symbol of a lake, or the chosen ones.
+
+    Raises LakeError if there is none of them, OSError if a file cannot be reached.
+    """
     rows = read_dim_symbol(root)
     names = sorted(set(zip(rows["exchange"], rows["exchange_symbol"], strict=True)))
     wanted = [(e, s) for e, s in names if exchange in (None, e) and symbol in (None, s)]
@@ -84,12 +91,14 @@ def check_lake(root: Path, exchange: str | None = None, symbol: str | None = Non
 
 def _tables(lake: SymbolLake) -> Iterator[TableCheck]:
     for table in LAKE_TABLES:
-        days, broken, rows = [], [], 0
-        for day in lake.days(table):
+        days, broken, rows, held = [], [], 0, lake.days(table)
+        with suppress(LakeError):  # told day by day below
+            lake.look(table, held)
+        for day in held:
             try:
                 if lake.has(table, day):
                     days.append(day)
-                    rows += lake.row_count(table, day)
+                    rows += lake.size(table, day)[0]
             except LakeError as error:
                 broken.append(str(error))
         if days or broken:

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from clusterlob_gpu.errors import LakeError
+from clusterlob_gpu.files import Location
 from clusterlob_gpu.lake.symbols import DIM_SYMBOL_FILE, dim_symbol_table, read_dim_symbol
 
 MANIFEST_FILE = "manifest.parquet"
@@ -175,9 +176,9 @@ class Commit:
             staged.unlink(missing_ok=True)
 
 
-def pending(lake: Path) -> bool:
+def pending(lake: str | Path | Location) -> bool:
     """Whether a commit was interrupted; the next ingest, or `recover`, finishes it."""
-    return (Path(lake) / JOURNAL_FILE).exists()
+    return (Location.of(lake) / JOURNAL_FILE).entry() is not None
 
 
 def recover(lake: Path) -> None:

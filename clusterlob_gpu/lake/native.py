@@ -2,19 +2,25 @@
 
 A partition may hold several files and several symbols, in any order of files; what comes out is in
 the lake's order (ts_local_us, file_id, file_line_number), in the symbol's common integer units.
-Snapshots are decoded in small batches, one list column at a time, and reduced at once to the few
-integers that are needed, so that memory stays small.
+Snapshots are decoded in small batches and reduced at once to the few integers that are needed, so that
+memory stays small.
+
+A day is looked at once: a listing, and the end of each file, which holds its Parquet footer.  What was
+seen there is what is read later, or the read fails: a file must not change under a run.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +29,16 @@ import pyarrow.parquet as pq
 
 from clusterlob_gpu import kernels
 from clusterlob_gpu.errors import LakeError
+from clusterlob_gpu.files import Entry, Location, parquet_faults
 from clusterlob_gpu.lake import manifest
-from clusterlob_gpu.lake.layout import day_start_us, partition_dir
-from clusterlob_gpu.lake.symbols import Symbol, find_symbol
+from clusterlob_gpu.lake.layout import day_start_us
+from clusterlob_gpu.lake.symbols import DIM_SYMBOL_FILE, Symbol, find_symbol
 from clusterlob_gpu.schema import NO_ID, US_PER_DAY, BookRows, Fills, Trades
 
+_LOOKERS = 16
+"""Threads that look at days: an object store answers slowly, but many at a time."""
+_TAIL = 65_536
+"""Bytes at the end of a file that go into its fingerprint; they nearly always hold its footer."""
 _SNAPSHOT_BATCH = 16_384
 _TRADE_COLUMNS = ["side", "price_int", "qty_int"]
 _ORDER = ("ts_local_us", "file_id", "file_line_number")
@@ -39,148 +50,226 @@ def days_between(first: date, last: date) -> list[date]:
 
 
 class _Part(NamedTuple):
-    """The row groups of one file that hold the symbol."""
+    """One file as it was when it was looked at, and its row groups that hold the symbol."""
 
-    path: Path
+    where: Location
+    state: str
+    footer: bytes
+    """Parsed again at every use: parsed, it would take eight times the memory."""
     row_groups: list[int]
+
+    @property
+    def meta(self) -> pq.FileMetaData:
+        return pq.read_metadata(pa.BufferReader(self.footer))
+
+
+class _Look(NamedTuple):
+    """What a day holds of the symbol."""
+
+    parts: list[_Part]
+    fingerprint: str
+    rows: int
+    stored: int
+    """Bytes of the row groups."""
 
 
 @dataclass(frozen=True)
 class SymbolLake:
-    """One symbol of one lake."""
+    """One symbol of one lake, as this object first saw it.
 
-    root: Path
+    A day is looked at when it is first asked for and then remembered, in this process only: a copy that
+    was pickled looks again.  Threads may share the object.
+
+    Methods raise LakeError where a file is broken or there are no rows to read; as far as one day is to
+    blame, the error says which: its attributes `table` and `day`.  They raise OSError where a file
+    cannot be reached, or has changed since it was looked at.
+    """
+
+    root: Location
     symbol: Symbol
+    without: frozenset[tuple[str, date]] = frozenset()
+    """(table, day) of which the lake is taken to have no rows."""
+    _memory: dict[tuple[str, date], _Look] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
-    def _folder(self, table: str) -> Path:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SymbolLake, (self.root, self.symbol, self.without)
+
+    def leaving_out(self, pairs: Iterable[tuple[str, date]]) -> SymbolLake:
+        """The lake as if it had no rows of the symbol in these (table, day); what was seen is kept."""
+        other = SymbolLake(self.root, self.symbol, self.without | frozenset(pairs))
+        other._memory.update(self._memory.copy())
+        return other
+
+    def _folder(self, table: str) -> Location:
         return self.root / table / f"exchange={self.symbol.exchange}"
 
     def days(self, table: str) -> list[date]:
         """Days on which the table has a partition, with rows of this symbol or not, in order."""
-        found = []
-        for folder in self._folder(table).glob("date=*"):
-            try:
-                found.append(date.fromisoformat(folder.name.removeprefix("date=")))
-            except ValueError:
-                raise LakeError(f"{folder}: not a partition; it must read date=YYYY-MM-DD") from None
+        found, folder = [], self._folder(table)
+        for entry in folder.entries():
+            if entry.name.startswith("date="):
+                try:
+                    found.append(date.fromisoformat(entry.name.removeprefix("date=")))
+                except ValueError:
+                    raise LakeError(
+                        f"{folder / entry.name}: not a partition; it must read date=YYYY-MM-DD"
+                    ) from None
         return sorted(found)
+
+    def look(self, table: str, days: Iterable[date]) -> None:
+        """Look at many days at a time.
+
+        Raises LakeError for the first broken one after all have been looked at, and OSError at once.
+        """
+        faults = []
+        with ThreadPoolExecutor(_LOOKERS) as pool:
+            for looking in [pool.submit(self._look, table, day) for day in days]:
+                try:
+                    looking.result()
+                except LakeError as error:
+                    faults.append(error)
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+        if faults:
+            raise faults[0]
+
+    def seen(self) -> dict[str, str | None]:
+        """Fingerprint of every day looked at, by "table YYYY-MM-DD", sorted; None for no rows or left out."""
+        found = {key: look.fingerprint if look.parts else None for key, look in self._memory.copy().items()}
+        found |= dict.fromkeys(self.without)
+        return {f"{table} {day}": found[table, day] for table, day in sorted(found)}
 
     def has(self, table: str, day: date) -> bool:
         """Whether the table has at least one row of this symbol on that day."""
-        return bool(self._parts(table, day))
+        return bool(self._look(table, day).parts)
 
-    def row_count(self, table: str, day: date) -> int:
-        """Rows in the row groups that hold the symbol: exact where a file holds one symbol."""
-        total = 0
-        for part in self._parts(table, day):
-            meta = pq.read_metadata(part.path)
-            total += sum(meta.row_group(group).num_rows for group in part.row_groups)
-        return total
+    def size(self, table: str, day: date) -> tuple[int, int]:
+        """Rows in the row groups that hold the symbol, and their bytes as stored.
+
+        Exactly the symbol's where a file holds one symbol.
+        """
+        look = self._look(table, day)
+        return look.rows, look.stored
 
     def fingerprint(self, table: str, day: date) -> str:
         """Hash of the files behind a day: names, sizes, times of change and Parquet footers."""
-        digest = hashlib.sha256(self._symbol_key.encode())
-        for part in self._parts(table, day):
-            stat = part.path.stat()
-            digest.update(f"{part.path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-            with part.path.open("rb") as file:
-                file.seek(max(0, stat.st_size - 65_536))
-                digest.update(file.read())
-        return digest.hexdigest()
+        return self._look(table, day).fingerprint
 
     @cached_property
     def _symbol_key(self) -> str:
         return str(self.symbol.rows.to_csv())
 
-    def _parts(self, table: str, day: date) -> list[_Part]:
-        folder = partition_dir(self.root, table, self.symbol.exchange, day)
-        files = sorted(path for path in folder.glob("*.parquet") if not path.name.startswith((".", "_")))
-        parts = (_Part(path, self._row_groups(path)) for path in files)
-        return [part for part in parts if part.row_groups]
+    def _look(self, table: str, day: date) -> _Look:
+        key = table, day
+        if key in self.without:
+            return self._summary([])
+        if key not in self._memory:
+            with _fault_of(table, day):
+                # Of two threads that look at the same time, the first to finish is right for both.
+                self._memory.setdefault(key, self._summary(self._files(table, day)))
+        return self._memory[key]
 
-    def _row_groups(self, path: Path) -> list[int]:
+    def _files(self, table: str, day: date) -> list[tuple[Location, Entry]]:
+        """Parquet files of a partition, sorted by name."""
+        folder = self._folder(table) / f"date={day}"
+        found = [(folder / entry.name, entry) for entry in folder.entries()]
+        if not found and (self.root / DIM_SYMBOL_FILE).entry() is None:
+            # An unmounted disk or a bucket that was deleted must not pass for a lake without this day.
+            raise FileNotFoundError(errno.ENOENT, "the lake has gone", str(self.root))
+        return [
+            (where, entry)
+            for where, entry in found
+            if entry.name.endswith(".parquet") and not entry.name.startswith((".", "_"))
+        ]
+
+    def _summary(self, files: list[tuple[Location, Entry]]) -> _Look:
+        digest = hashlib.sha256(self._symbol_key.encode())
+        parts, rows, stored = [], 0, 0
+        for where, entry in files:
+            with where.open() as file, parquet_faults(where):
+                state = where.state(file)
+                if file.size() != entry.size:
+                    raise _changed(where)
+                tail = file.read_at(min(entry.size, _TAIL), max(0, entry.size - _TAIL))
+                footer = _footer(file, tail)
+                meta = pq.read_metadata(pa.BufferReader(footer))
+                mine = self._row_groups(where, file, meta)
+                groups = [meta.row_group(group) for group in mine]
+            if groups:
+                parts.append(_Part(where, state, footer, mine))
+                digest.update(f"{entry.name} {entry.size} {entry.changed_ns}".encode())
+                digest.update(tail)
+                rows += sum(group.num_rows for group in groups)
+                stored += sum(_stored(group) for group in groups)
+        return _Look(parts, digest.hexdigest(), rows, stored)
+
+    def _row_groups(self, where: Location, source: pa.NativeFile, meta: pq.FileMetaData) -> list[int]:
         """Row groups with rows of the symbol; statistics decide where they can, else the column."""
-        try:
-            file = pq.ParquetFile(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise LakeError(
-                f"{path}: not a readable Parquet file ({_line(error)}); ingest it again"
-            ) from None
-        with file:
-            names = file.schema_arrow.names
-            if "symbol_id" not in names:
-                raise LakeError(f"{path}: column symbol_id is missing, found {', '.join(names)}")
-            leaf = _leaf(file.metadata, "symbol_id")
-            found = []
-            for group in range(file.num_row_groups):
-                stats = file.metadata.row_group(group).column(leaf).statistics
-                if stats is not None and stats.has_min_max:
-                    if not any(stats.min <= key <= stats.max for key in self.symbol.ids):
-                        continue
-                    if stats.min == stats.max:
-                        found.append(group)
-                        continue
-                ids = file.read_row_group(group, columns=["symbol_id"])["symbol_id"]
-                if pc.any(pc.is_in(ids, pa.array(self.symbol.ids, pa.int64()))).as_py():
+        _require(["symbol_id"], meta.schema.to_arrow_schema().names, where)
+        leaf, wanted = _leaf(meta, "symbol_id"), self.symbol.ids
+        found = []
+        for group in range(meta.num_row_groups):
+            stats = meta.row_group(group).column(leaf).statistics
+            if stats is not None and stats.has_min_max:
+                if not any(stats.min <= key <= stats.max for key in wanted):
+                    continue
+                if stats.min == stats.max:
                     found.append(group)
-            return found
+                    continue
+            ids = _parquet(where, source, meta).read_row_group(group, columns=["symbol_id"])["symbol_id"]
+            if pc.any(pc.is_in(ids, pa.array(wanted, pa.int64()))).as_py():
+                found.append(group)
+        return found
 
     def read_trades(self, day: date, last: int | None = None) -> Trades:
-        """The day's trades, or at least the `last` of them where the file allows to read only those.
-
-        Raises LakeError if there are none or a file is broken.
-        """
-        parts = self._parts("trades", day)
+        """The day's trades, or at least the `last` of them where the file allows to read only those."""
+        parts = self._look("trades", day).parts
         if last is not None and len(parts) == 1:
             parts = [_last_groups(parts[0], last)]
-        return self._trades(self._ordered("trades", day, _TRADE_COLUMNS, parts))
-
-    def _trades(self, columns: dict[str, np.ndarray]) -> Trades:
-        price, qty = columns["price_int"], columns["qty_int"]
-        ts, side = columns["ts_local_us"], columns["side"].astype(np.uint8)
-        _check_notional(price, qty, f"trades of {self.symbol.name} from ts_local_us = {ts[0]}")
-        return Trades(ts, side, price, qty)
+        return self._trades(day, self._gather("trades", day, self._scalars(parts, day, _TRADE_COLUMNS)))
 
     def read_fills(self, day: date) -> Fills:
         """The day's trades with the exchange's time and id of each, from which orders are rebuilt."""
-        columns = self._ordered("trades", day, [*_TRADE_COLUMNS, "ts_exch_us", "trade_id"])
-        return Fills(self._trades(columns), columns["ts_exch_us"], columns["trade_id"])
+        names = [*_TRADE_COLUMNS, "ts_exch_us", "trade_id"]
+        columns = self._gather("trades", day, self._scalars(self._look("trades", day).parts, day, names))
+        return Fills(self._trades(day, columns), columns["ts_exch_us"], columns["trade_id"])
+
+    def _trades(self, day: date, columns: dict[str, np.ndarray]) -> Trades:
+        price, qty = columns["price_int"], columns["qty_int"]
+        ts, side = columns["ts_local_us"], columns["side"].astype(np.uint8)
+        with _fault_of("trades", day):
+            _check_notional(price, qty, f"trades of {self.symbol.name} from ts_local_us = {ts[0]}")
+        return Trades(ts, side, price, qty)
 
     def read_ticker(self, day: date, names: list[str]) -> dict[str, np.ndarray]:
         """Columns of the day's `derivative_ticker`, float64 with NaN for null, and ts_local_us."""
-        parts = self._parts("derivative_ticker", day)
-        if not parts:
-            raise LakeError(self.absent("derivative_ticker", day))
+        parts = self._look("derivative_ticker", day).parts
         # Some lakes keep no file and line for this table: then time alone orders it.
-        there = pq.read_schema(parts[0].path).names
-        keys = tuple(name for name in _ORDER if name in there)
-        chunks = list(self._scalars(parts, day, names, keys))
-        columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-        order = np.lexsort([columns[name] for name in reversed(keys)])
-        return {name: values[order] for name, values in columns.items()}
-
-    def _ordered(
-        self, table: str, day: date, names: list[str], parts: list[_Part] | None = None
-    ) -> dict[str, np.ndarray]:
-        """Columns of a day in the lake's order; raises LakeError if there are no rows."""
-        chunks = list(self._scalars(self._parts(table, day) if parts is None else parts, day, names))
-        if not chunks:
-            raise LakeError(self.absent(table, day))
-        columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-        order = _order(columns)
-        return columns if order is None else {name: values[order] for name, values in columns.items()}
+        there = parts[0].meta.schema.to_arrow_schema().names if parts else []
+        order = tuple(name for name in _ORDER if name in there)
+        return self._gather("derivative_ticker", day, self._scalars(parts, day, names, order))
 
     def read_book(self, day: date, table: str, depth: int) -> BookRows:
         """The day's book rows from `book_snapshot_25` or `quotes`, depth summed over `depth` levels."""
         read = self._snapshots if table == "book_snapshot_25" else self._quotes
-        chunks = list(read(day, depth))
-        if not chunks:
-            raise LakeError(self.absent(table, day))
-        columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-        order = _order(columns)
+        columns = self._gather(table, day, read(self._look(table, day).parts, day, depth))
         names = ("ts_local_us", "bid", "ask", "bid_sz", "ask_sz", "bid_depth", "ask_depth", "tick")
-        ordered = [columns[name] if order is None else columns[name][order] for name in names]
-        return BookRows(*ordered)
+        return BookRows(*(columns[name] for name in names))
+
+    def _gather(
+        self, table: str, day: date, chunks: Iterator[dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Columns of a day in the lake's order; raises LakeError if there are no rows."""
+        with _fault_of(table, day):
+            held = list(chunks)
+            if not held:
+                raise LakeError(self.absent(table, day))
+        columns = held[0] if len(held) == 1 else _concatenated(held)
+        order = _order(columns)
+        return columns if order is None else {name: values[order] for name, values in columns.items()}
 
     def absent(self, table: str, day: date) -> str:
         """Message for a day without rows of the symbol: where it was looked for, what there is."""
@@ -196,20 +285,19 @@ class SymbolLake:
         self, parts: list[_Part], day: date, names: list[str], order: tuple[str, ...] = _ORDER
     ) -> Iterator[dict[str, np.ndarray]]:
         """Plain columns of every part, filtered to the symbol, integers in common units."""
-        for path, groups in parts:
+        for part in parts:
             columns = [*order, "symbol_id", *names]
-            table_ = _read(path, groups, columns)
-            chunk = {name: _column(table_[name], path, name) for name in columns}
-            mask = self._mine(chunk["symbol_id"])
-            if mask is not None:
-                chunk = {name: values[mask] for name, values in chunk.items()}
-            yield self._normalise(chunk, path, day)
+            with _opened(part, columns) as file:
+                table = file.read_row_groups(part.row_groups, columns=columns, use_threads=False)
+            chunk = {name: _column(table[name], part.where, name) for name in columns}
+            yield self._normalise(self._filtered(chunk), part.where, day)
 
-    def _mine(self, ids: np.ndarray) -> np.ndarray | None:
-        mask = np.isin(ids, self.symbol.ids)
-        return None if mask.all() else mask
+    def _filtered(self, chunk: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The symbol's rows."""
+        mine = np.isin(chunk["symbol_id"], self.symbol.ids)
+        return chunk if mine.all() else {name: values[mine] for name, values in chunk.items()}
 
-    def _normalise(self, chunk: dict[str, np.ndarray], path: Path, day: date) -> dict[str, np.ndarray]:
+    def _normalise(self, chunk: dict[str, np.ndarray], where: Location, day: date) -> dict[str, np.ndarray]:
         """Check the day, scale integers of every period to the symbol's units, add the tick."""
         ts = chunk["ts_local_us"]
         start = day_start_us(day)
@@ -218,13 +306,13 @@ class SymbolLake:
             at = int(np.argmax(outside))
             when = datetime.fromtimestamp(int(ts[at]) / 1e6, UTC)
             raise LakeError(
-                f"{path}: row {at} has ts_local_us = {ts[at]} ({when:%Y-%m-%d}), not the day {day}"
+                f"{where}: row {at} has ts_local_us = {ts[at]} ({when:%Y-%m-%d}), not the day {day}"
             )
         rows = self.symbol.rows
         if len(rows) == 1 and rows["valid_from_ts"][0] <= start < rows["valid_until_ts"][0] - US_PER_DAY:
             chunk["tick"] = np.full(len(ts), self.symbol.ticks()[0])
             return chunk
-        period = self.symbol.row_at(chunk["symbol_id"], ts, str(path))
+        period = self.symbol.row_at(chunk["symbol_id"], ts, str(where))
         chunk["tick"] = self.symbol.ticks()[period]
         scales = {
             "price": self.symbol.factors("price_increment")[period],
@@ -237,44 +325,38 @@ class SymbolLake:
                 largest = float(np.abs(np.where(missing, 0, values)).max(initial=0)) * scales[kind].max()
                 if largest >= 2.0**62:
                     raise LakeError(
-                        f"{path}: {name} reaches {largest:.3g} in the symbol's finest unit, beyond 2^62; "
+                        f"{where}: {name} reaches {largest:.3g} in the symbol's finest unit, beyond 2^62; "
                         "coarsen the increments in dim_symbol"
                     )
                 chunk[name] = np.where(missing, values, values * scales[kind])
         return chunk
 
-    def _quotes(self, day: date, _depth: int) -> Iterator[dict[str, np.ndarray]]:
+    def _quotes(self, parts: list[_Part], day: date, _depth: int) -> Iterator[dict[str, np.ndarray]]:
         names = ["bid_px_int", "ask_px_int", "bid_sz_int", "ask_sz_int"]
-        for chunk in self._scalars(self._parts("quotes", day), day, names):
+        for chunk in self._scalars(parts, day, names):
             for short, long in zip(("bid", "ask", "bid_sz", "ask_sz"), names, strict=True):
                 chunk[short] = chunk.pop(long)
             chunk["bid_depth"] = np.maximum(chunk["bid_sz"], 0)
             chunk["ask_depth"] = np.maximum(chunk["ask_sz"], 0)
             yield chunk
 
-    def _snapshots(self, day: date, depth: int) -> Iterator[dict[str, np.ndarray]]:
-        for path, groups in self._parts("book_snapshot_25", day):
-            table = _read(path, groups, [*_ORDER, "symbol_id"])
-            chunk = {name: _int_column(table[name], path, name) for name in table.column_names}
-            n = len(chunk["symbol_id"])
-            for column, best, total in _LIST_COLUMNS:
-                chunk[best] = np.empty(n, np.int64)
-                sums = np.empty(n, np.int64)
-                _reduce_column(path, groups, column, depth, chunk[best], sums)
-                if total:
-                    chunk[total] = sums
-            mask = self._mine(chunk["symbol_id"])
-            if mask is not None:
-                chunk = {name: values[mask] for name, values in chunk.items()}
-            yield self._normalise(chunk, path, day)
+    def _snapshots(self, parts: list[_Part], day: date, depth: int) -> Iterator[dict[str, np.ndarray]]:
+        for part in parts:
+            plain = [*_ORDER, "symbol_id"]
+            with _opened(part, [*plain, *_LISTS]) as file:
+                table = file.read_row_groups(part.row_groups, columns=plain, use_threads=False)
+                chunk = {name: _int_column(table[name], part.where, name) for name in plain}
+                chunk |= _reduced(file, part.row_groups, len(table), depth)
+            yield self._normalise(self._filtered(chunk), part.where, day)
 
 
-_LIST_COLUMNS = (
-    ("bids_px", "bid", None),
-    ("bids_sz", "bid_sz", "bid_depth"),
-    ("asks_px", "ask", None),
-    ("asks_sz", "ask_sz", "ask_depth"),
-)
+_LISTS = {
+    "bids_px": ("bid", "unused"),
+    "bids_sz": ("bid_sz", "bid_depth"),
+    "asks_px": ("ask", "unused"),
+    "asks_sz": ("ask_sz", "ask_depth"),
+}
+"""List columns of a snapshot: what their first entry is, and what the sum of the first ones."""
 _UNITS = {
     "price_int": "price",
     "qty_int": "size",
@@ -291,21 +373,84 @@ _UNITS = {
 }
 
 
-def open_symbol(root: Path, exchange: str, name: str) -> SymbolLake:
-    """One symbol of the lake at `root`; raises LakeError if the lake does not know it."""
-    root = Path(root)
-    if not root.is_dir():
-        raise LakeError(f"{root}: no such lake; make one with `clusterlob ingest`")
-    if manifest.pending(root):
+def open_symbol(root: str | Path | Location, exchange: str, name: str) -> SymbolLake:
+    """One symbol of the lake at a path or s3:// address.
+
+    Raises LakeError if the lake does not know it, OSError if the lake cannot be reached.
+    """
+    lake = Location.of(root)
+    there = lake.entry()
+    if there is None or not there.is_folder:
+        raise LakeError(f"{lake}: no such lake; make one with `clusterlob ingest`")
+    if manifest.pending(lake):
         raise LakeError(
-            f"{root}: an ingest was cut off between two renames; give its command again to finish it"
+            f"{lake}: an ingest was cut off between two renames; give its command again to finish it"
         )
-    return SymbolLake(root, find_symbol(root, exchange, name))
+    return SymbolLake(lake, find_symbol(lake, exchange, name))
+
+
+@contextmanager
+def _fault_of(table: str, day: date) -> Iterator[None]:
+    """Let a LakeError say which day is to blame; the attributes travel between processes with it."""
+    try:
+        yield
+    except LakeError as error:
+        vars(error).update(table=table, day=day)
+        raise
+
+
+def _changed(where: Location) -> OSError:
+    return OSError(errno.ESTALE, "has changed while it was in use; run again", str(where))
+
+
+def _parquet(where: Location, source: pa.NativeFile, meta: pq.FileMetaData) -> pq.ParquetFile:
+    """A Parquet reader that finds damage where the file has checksums.
+
+    On S3 it joins the reads of neighbouring columns into few requests; a disk needs no such buffers.
+    """
+    return pq.ParquetFile(
+        source, metadata=meta, pre_buffer=where.path is None, page_checksum_verification=True
+    )
+
+
+@contextmanager
+def _opened(part: _Part, columns: list[str]) -> Iterator[pq.ParquetFile]:
+    """The file as it was looked at, with these columns.
+
+    Raises LakeError if it lacks one or the block finds it broken, OSError if it is another file by now.
+    """
+    with part.where.open() as file, parquet_faults(part.where):
+        if part.where.state(file) != part.state:
+            raise _changed(part.where)
+        meta = part.meta
+        _require(columns, meta.schema.to_arrow_schema().names, part.where)
+        yield _parquet(part.where, file, meta)
+
+
+def _require(columns: list[str], there: list[str], where: Location) -> None:
+    missing = [name for name in columns if name not in there]
+    if missing:
+        raise LakeError(f"{where}: column {missing[0]} is missing, found {', '.join(there)}")
+
+
+def _footer(file: pa.NativeFile, tail: bytes) -> bytes:
+    """The end of a Parquet file from its metadata on; what is no Parquet file comes back as it is."""
+    size = int.from_bytes(tail[-8:-4], "little") + 8
+    if size <= len(tail):
+        return tail[-size:]
+    if tail[-4:] != b"PAR1" or size > file.size():
+        return tail
+    return bytes(file.read_at(size, file.size() - size))
+
+
+def _stored(group: pq.RowGroupMetaData) -> int:
+    """Bytes of a row group in the file."""
+    return sum(group.column(leaf).total_compressed_size for leaf in range(group.num_columns))
 
 
 def _last_groups(part: _Part, rows: int) -> _Part:
     """The last row groups with at least `rows` rows, if all earlier times are below theirs, else all."""
-    meta = pq.read_metadata(part.path)
+    meta = part.meta
     leaf = _leaf(meta, "ts_local_us")
     groups, held = list(part.row_groups), 0
     for at in range(len(groups) - 1, 0, -1):
@@ -319,12 +464,8 @@ def _last_groups(part: _Part, rows: int) -> _Part:
         if all(stats is not None and stats.has_min_max for stats in early + late) and max(
             stats.max for stats in early
         ) < min(stats.min for stats in late):
-            return _Part(part.path, groups[at:])
+            return part._replace(row_groups=groups[at:])
     return part
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _leaf(meta: pq.FileMetaData, name: str) -> int:
@@ -332,26 +473,13 @@ def _leaf(meta: pq.FileMetaData, name: str) -> int:
     return next(i for i in range(len(meta.schema)) if meta.schema.column(i).path == name)
 
 
-def _read(path: Path, groups: list[int], columns: list[str]) -> pa.Table:
-    try:
-        with pq.ParquetFile(path) as file:
-            missing = [name for name in columns if name not in file.schema_arrow.names]
-            if missing:
-                raise LakeError(
-                    f"{path}: column {missing[0]} is missing, found {', '.join(file.schema_arrow.names)}"
-                )
-            return file.read_row_groups(groups, columns=columns, use_threads=False)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise LakeError(f"{path}: not a readable Parquet file ({_line(error)}); ingest it again") from None
-
-
-def _column(column: pa.ChunkedArray, path: Path, name: str) -> np.ndarray:
+def _column(column: pa.ChunkedArray, where: Location, name: str) -> np.ndarray:
     """A flat column as NumPy: trade ids as numbers, floats with NaN for null, integers as int64."""
     if name == "trade_id":
         return numeric_ids(column)
     if pa.types.is_floating(column.type):
         return column.to_numpy().astype(np.float64, copy=False)
-    return _int_column(column, path, name)
+    return _int_column(column, where, name)
 
 
 def numeric_ids(ids: pa.ChunkedArray) -> np.ndarray:
@@ -363,33 +491,30 @@ def numeric_ids(ids: pa.ChunkedArray) -> np.ndarray:
     return pc.if_else(plain, ids, str(NO_ID)).cast(pa.int64()).to_numpy()
 
 
-def _int_column(column: pa.ChunkedArray, path: Path, name: str) -> np.ndarray:
+def _int_column(column: pa.ChunkedArray, where: Location, name: str) -> np.ndarray:
     """An integer column as int64; nulls become NO_LEVEL (allowed in quotes only)."""
     if column.null_count:
         if _UNITS.get(name) is None or name in ("price_int", "qty_int"):
-            raise LakeError(f"{path}: column {name} has {column.null_count} nulls; it may have none")
+            raise LakeError(f"{where}: column {name} has {column.null_count} nulls; it may have none")
         column = pc.fill_null(column, pa.scalar(kernels.NO_LEVEL, pa.int64()))
     return column.to_numpy().astype(np.int64, copy=False)
 
 
-def _reduce_column(
-    path: Path, groups: list[int], column: str, depth: int, best: np.ndarray, total: np.ndarray
-) -> None:
-    """First entry and depth sum of one list column, batch by batch."""
-    done = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise LakeError(f"{path}: column {column} is missing; is this book_snapshot_25?")
-            batches = file.iter_batches(_SNAPSHOT_BATCH, groups, [column], use_threads=False)
-            for batch in batches:
-                lists = batch.column(0)
-                offsets, values = _list_buffers(lists)
-                stop = done + len(lists)
-                kernels.reduce_levels(offsets, values, depth, best[done:stop], total[done:stop])
-                done = stop
-    except (pa.ArrowInvalid, OSError) as error:
-        raise LakeError(f"{path}: not a readable Parquet file ({_line(error)}); ingest it again") from None
+def _reduced(file: pq.ParquetFile, groups: list[int], rows: int, depth: int) -> dict[str, np.ndarray]:
+    """First entries and depth sums of the list columns, batch by batch."""
+    found = {name: np.empty(rows, np.int64) for names in _LISTS.values() for name in names}
+    start = 0
+    for group in groups:  # one by one: what is buffered for a reader stays until it ends
+        for batch in file.iter_batches(_SNAPSHOT_BATCH, [group], list(_LISTS), use_threads=False):
+            stop = start + len(batch)
+            for name, (best, total) in _LISTS.items():
+                offsets, values = _list_buffers(batch[name])
+                kernels.reduce_levels(
+                    offsets, values, depth, found[best][start:stop], found[total][start:stop]
+                )
+            start = stop
+    del found["unused"]
+    return found
 
 
 def _list_buffers(lists: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -402,10 +527,16 @@ def _list_buffers(lists: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return lists.offsets.to_numpy().astype(np.int64), values.to_numpy()
 
 
+def _concatenated(chunks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
 def _order(columns: dict[str, np.ndarray]) -> np.ndarray | None:
     """Permutation into the lake's order, None where the rows are in it already."""
-    keys = [columns[name] for name in _ORDER]
-    return None if kernels.is_sorted(*keys) else np.lexsort(keys[::-1])
+    keys = [columns[name] for name in _ORDER if name in columns]
+    if len(keys) == len(_ORDER) and kernels.is_sorted(*keys):
+        return None
+    return np.lexsort(keys[::-1])
 
 
 def _check_notional(price: np.ndarray, qty: np.ndarray, where: str) -> None:

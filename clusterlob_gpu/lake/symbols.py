@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clusterlob_gpu.errors import LakeError
+from clusterlob_gpu.files import Location, parquet_faults
 from clusterlob_gpu.schema import DIM_SYMBOL, EXCHANGE_IDS
 
 DIM_SYMBOL_FILE = "dim_symbol.parquet"
@@ -103,15 +104,21 @@ class Symbol:
         return np.array([float(Fraction(repr(float(size))) / self.price_unit) for size in sizes])
 
 
-def read_dim_symbol(lake: Path) -> pd.DataFrame:
-    """All rows of `dim_symbol`; an empty table where the lake has none yet."""
-    path = Path(lake) / DIM_SYMBOL_FILE
-    if not path.exists():
+def read_dim_symbol(lake: str | Path | Location) -> pd.DataFrame:
+    """All rows of `dim_symbol`; an empty table where the lake has none yet.
+
+    Raises LakeError if its file is broken, OSError if it cannot be reached.
+    """
+    where = Location.of(lake) / DIM_SYMBOL_FILE
+    try:
+        content = where.read()
+    except FileNotFoundError:
         return DIM_SYMBOL.empty_table().to_pandas()
-    table = pq.read_table(path)
+    with parquet_faults(where):
+        table = pq.read_table(pa.BufferReader(content))
     missing = [name for name in DIM_SYMBOL.names if name not in table.column_names]
     if missing:
-        raise LakeError(f"{path}: column {missing[0]} is missing; see spec of dim_symbol")
+        raise LakeError(f"{where}: column {missing[0]} is missing; see spec of dim_symbol")
     return table.select(DIM_SYMBOL.names).to_pandas()
 
 
@@ -144,21 +151,21 @@ def split_assets(name: str) -> tuple[str | None, str | None]:
     return None, None
 
 
-def find_symbol(lake: Path, exchange: str, name: str) -> Symbol:
+def find_symbol(lake: str | Path | Location, exchange: str, name: str) -> Symbol:
     """The instrument `name` of `exchange`.
 
     Raises LakeError, with the names that the lake has, if it is not there or its periods overlap.
     """
-    rows = read_dim_symbol(lake)
+    rows, where = read_dim_symbol(lake), Location.of(lake) / DIM_SYMBOL_FILE
     mine = rows[(rows["exchange"] == exchange) & (rows["exchange_symbol"] == name)]
     if mine.empty:
         known = sorted({f"{e} {s}" for e, s in zip(rows["exchange"], rows["exchange_symbol"], strict=True)})
         raise LakeError(
-            f"{Path(lake) / DIM_SYMBOL_FILE}: no symbol {name} of {exchange}; "
+            f"{where}: no symbol {name} of {exchange}; "
             f"the lake has {', '.join(known[:10]) or 'none: ingest something first'}"
         )
     mine = mine.sort_values("valid_from_ts", kind="stable").reset_index(drop=True)
     for _, periods in mine.groupby("symbol_id"):
         if (periods["valid_from_ts"].to_numpy()[1:] < periods["valid_until_ts"].to_numpy()[:-1]).any():
-            raise LakeError(f"{Path(lake) / DIM_SYMBOL_FILE}: periods of {exchange} {name} overlap")
+            raise LakeError(f"{where}: periods of {exchange} {name} overlap")
     return Symbol(exchange, name, mine)
