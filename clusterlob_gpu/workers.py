@@ -1,29 +1,55 @@
-"""Where tasks run: threads of this process, or Dask workers started from a place file.
+"""Where tasks run: threads of this process, or Dask workers of a place.
 
 A task is a plain function of one picklable argument that returns something small.  Results come back
-in the order of the arguments, whatever the order in which they finish.
+in the order of the arguments, whatever the order in which they finish, and whichever workers come and go.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import platform
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
-from importlib import resources
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from clusterlob_gpu.config import format_duration
+from clusterlob_gpu.errors import ClusterlobError, InputError, LakeError, TasksFailed, WorkerLostError
+from clusterlob_gpu.places import (
+    ConnectPlace,
+    CudaPlace,
+    DaskPlace,
+    KubernetesPlace,
+    LocalPlace,
+    Place,
+    SlurmPlace,
+    ThreadsPlace,
+    Tls,
+    import_extra,
+    kubernetes_manifest,
+    one_line,
+    read_place,
+)
+from clusterlob_gpu.schema import US_PER_SECOND
 
-from clusterlob_gpu.config import read_yaml
-from clusterlob_gpu.errors import ConfigError
+__all__ = ["Place", "Progress", "Workers", "environment", "open_workers", "read_place"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
 """Called with (stage, tasks done, tasks in all)."""
+
+_LIBRARIES = ("numpy", "pandas", "pyarrow", "numba", "distributed")
+"""Libraries whose version may change a value or how a task travels."""
+
+_IDLE_S = 120
+"""Seconds without work before a worker that is not needed is given back to the queue."""
 
 
 class Workers(Protocol):
@@ -32,123 +58,332 @@ class Workers(Protocol):
     name: str
 
     def map(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Results of `function` over `items`, in order; the first error is raised."""
+        """Results of `function` over `items`, in order.
+
+        An item that fails by its own fault (LakeError, MemoryError, a worker that dies of it) stops no
+        other: all run to their end, then TasksFailed is raised.  Any other error is raised at once, and
+        what waits is not begun.
+        """
         ...
-
-
-class Place(BaseModel):
-    """A file of cluster_configs/: a place to run, not an experiment."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["threads", "local"]
-    n_workers: int = Field(default=2, ge=1)
-    threads_per_worker: int = Field(default=1, ge=1)
-    memory_limit: str = "auto"
-
-
-def read_place(name: str | None) -> Place:
-    """The place of `--workers`: a number of local workers, a name in cluster_configs/, or a file.
-
-    None means threads of this process, one per core.  Raises ConfigError with the known names.
-    """
-    if name is None:
-        return Place(kind="threads", n_workers=os.cpu_count() or 1)
-    if name.isdigit() and int(name) > 0:
-        return Place(kind="local", n_workers=int(name))
-    path = Path(name) if name.endswith((".yaml", ".yml")) else _named_place(name)
-    try:
-        return Place(**read_yaml(path))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise ConfigError(f"{path}: {where} = {problem['input']!r}: {problem['msg']}") from None
-
-
-def _named_place(name: str) -> Path:
-    package = Path(str(resources.files("clusterlob_gpu")))
-    folders = [Path("cluster_configs"), package / "cluster_configs", package.parent / "cluster_configs"]
-    for folder in folders:
-        if (folder / f"{name}.yaml").exists():
-            return folder / f"{name}.yaml"
-    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    raise ConfigError(
-        f"--workers {name}: no such place; there are {', '.join(known)}, or give a number or a file"
-    )
 
 
 @contextmanager
 def open_workers(place: Place, progress: Progress) -> Iterator[Workers]:
     """The workers of a place, stopped at the end; Dask starts with the first tasks, after all checks."""
-    if place.kind == "threads":
+    if isinstance(place, ThreadsPlace):
         with ThreadPoolExecutor(place.n_workers) as pool:
             yield _Threads(pool, place, progress)
         return
+    assert isinstance(place, DaskPlace)
     with ExitStack() as running:
         yield _Dask(running, place, progress)
+
+
+# ---- outcomes of tasks ------------------------------------------------------------------------------
+
+
+class _Outcomes(Generic[Result]):
+    """What the tasks of one stage gave: results, and errors that are an item's own fault."""
+
+    def __init__(self, stage: str, n_items: int) -> None:
+        self.stage, self.n_items = stage, n_items
+        self.results: dict[int, Result] = {}
+        self.failed: dict[int, Exception] = {}
+
+    def add(self, index: int, result: Callable[[], Result]) -> None:
+        """Keep the result of an item, or its error; raises an error that concerns all items."""
+        try:
+            self.results[index] = result()
+        except (LakeError, WorkerLostError) as error:
+            self.failed[index] = error
+        except MemoryError as error:
+            self.failed[index] = WorkerLostError(
+                f"{self.stage}: a task found no memory ({error or 'none left'}); "
+                "give its worker more memory or fewer threads"
+            )
+
+    @property
+    def done(self) -> int:
+        return len(self.results) + len(self.failed)
+
+    def in_order(self) -> list[Result]:
+        """All results; raises TasksFailed if some item has none."""
+        if self.failed:
+            raise TasksFailed(self.stage, self.failed)
+        return [self.results[index] for index in range(self.n_items)]
 
 
 class _Threads:
     """Threads of this process; kernels and Parquet release the GIL."""
 
-    def __init__(self, pool: ThreadPoolExecutor, place: Place, progress: Progress) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, place: ThreadsPlace, progress: Progress) -> None:
         self.pool, self.progress = pool, progress
-        self.name = f"{place.n_workers} threads"
+        self.name = place.describe()
 
     def map(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         self.progress(stage, 0, len(items))
-        futures: list[Future[Result]] = [self.pool.submit(function, item) for item in items]
-        waiting = set(futures)
+        outcomes = _Outcomes[Result](stage, len(items))
+        index: dict[Future[Result], int] = {
+            self.pool.submit(function, item): i for i, item in enumerate(items)
+        }
+        waiting = set(index)
         try:
             while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
-                    future.result()
-                self.progress(stage, len(futures) - len(waiting), len(futures))
+                    outcomes.add(index[future], future.result)
+                self.progress(stage, outcomes.done, len(items))
         finally:
             for future in waiting:
                 future.cancel()
-        return [future.result() for future in futures]
+        return outcomes.in_order()
+
+
+# ---- Dask -------------------------------------------------------------------------------------------
 
 
 class _Dask:
-    """Workers of a Dask cluster; only paths, records and centroids travel."""
+    """Workers of a Dask scheduler; only paths, records and centroids travel."""
 
-    def __init__(self, running: ExitStack, place: Place, progress: Progress) -> None:
+    def __init__(self, running: ExitStack, place: DaskPlace, progress: Progress) -> None:
         self.running, self.place, self.progress = running, place, progress
-        self.name = f"{place.n_workers} local workers x {place.threads_per_worker} threads"
+        self.name = place.describe()
 
     @cached_property
     def client(self) -> Any:
-        """Client of the cluster, both started now and stopped with `running`."""
+        """Client of workers that run the same code, all started now and stopped with `running`."""
         import dask
-        from distributed import Client, LocalCluster
 
         settings = {
             "distributed.admin.tick.limit": "1h",
             "distributed.worker.daemon": True,
+            "distributed.scheduler.allowed-failures": self.place.allowed_failures,
+            # A worker holds no more tasks than it runs: one that dies takes no waiting task down with it.
+            "distributed.scheduler.worker-saturation": 1.0,
+            # The client does not set CUDF_SPILL, since it computes nothing.
+            "cudf-spill-warning": False,
         }
         self.running.enter_context(dask.config.set(settings))
-        cluster = LocalCluster(
-            n_workers=self.place.n_workers,
-            threads_per_worker=self.place.threads_per_worker,
-            memory_limit=self.place.memory_limit,
-            processes=True,
-            host="127.0.0.1",
-            # Any free port: with None it is 8787, which a second run on the machine would find taken.
-            dashboard_address="127.0.0.1:0",
-        )
-        return self.running.enter_context(Client(self.running.enter_context(cluster)))
+        client = _start(self.running, self.place)
+        with self._scheduler_watched(client):
+            _wait_for_a_worker(client, self.place)
+            _check_workers(client)
+        return client
 
     def map(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         from distributed import as_completed
 
         self.progress(stage, 0, len(items))
-        futures = self.client.map(function, items, pure=False, key=stage.replace(" ", "-"))
+        if not items:
+            return []
+        client = self.client
+        outcomes = _Outcomes[Result](stage, len(items))
+        with self._scheduler_watched(client):
+            task = _Task(function, environment())
+            futures = client.map(task, items, pure=False, key=stage.replace(" ", "-"))
+            index = {future: i for i, future in enumerate(futures)}
+            try:
+                for future in as_completed(futures, loop=client.loop):
+                    outcomes.add(index[future], partial(_result, stage, future))
+                    self.progress(stage, outcomes.done, len(items))
+            finally:
+                if client.status == "running":
+                    client.cancel(futures, force=True)
+        return outcomes.in_order()
+
+    @contextmanager
+    def _scheduler_watched(self, client: Any) -> Iterator[None]:
+        """Turns what Dask raises when its scheduler is gone into one line."""
+        from distributed import CancelledError
+
+        address = client.scheduler.address
         try:
-            for done, future in enumerate(as_completed(futures), start=1):
-                future.result()
-                self.progress(stage, done, len(futures))
-            return self.client.gather(futures)
-        finally:
-            self.client.cancel(futures, force=True)
+            yield
+        except (CancelledError, OSError):
+            # An OSError of a task, such as a full disk, comes with a scheduler that still answers.
+            if client.status == "running":
+                raise
+            raise ClusterlobError(
+                f"the Dask scheduler at {address} was lost; finished days are kept: "
+                "give the same command again"
+            ) from None
+
+
+def _result(stage: str, future: Any) -> Any:
+    """Result of a finished task; a task that took all its workers down raises WorkerLostError."""
+    from distributed.scheduler import KilledWorker
+
+    try:
+        return future.result()
+    except KilledWorker as error:
+        raise WorkerLostError(
+            f"{stage}: the worker of a task died {error.allowed_failures + 1} times; "
+            "its memory limit may be too small"
+        ) from None
+
+
+def _start(running: ExitStack, place: DaskPlace) -> Any:
+    """Client of the place's scheduler; both are closed with `running`."""
+    from distributed import Client
+
+    seconds = place.start_timeout / US_PER_SECOND
+    try:
+        if isinstance(place, ConnectPlace):
+            security = _security(place.tls)
+            return running.enter_context(Client(place.address, timeout=seconds, security=security))
+        return running.enter_context(Client(_START[type(place)](running, place)))
+    except ClusterlobError:
+        raise
+    except Exception as error:
+        raise ClusterlobError(f"{place.describe()}: cannot start: {one_line(error)}") from error
+
+
+def _start_local(running: ExitStack, place: LocalPlace) -> Any:
+    from distributed import LocalCluster
+
+    cluster = LocalCluster(
+        n_workers=place.n_workers,
+        threads_per_worker=place.threads_per_worker,
+        memory_limit=place.memory_per_worker,
+        processes=True,
+        host="127.0.0.1",
+        # Any free port: with None it is 8787, which a second run on the machine would find taken.
+        dashboard_address="127.0.0.1:0",
+    )
+    return running.enter_context(cluster)
+
+
+def _start_cuda(running: ExitStack, place: CudaPlace) -> Any:
+    dask_cuda = import_extra("dask_cuda", "gpu-cu13")
+    cluster = dask_cuda.LocalCUDACluster(**place.options(), host="127.0.0.1", dashboard_address="127.0.0.1:0")
+    return running.enter_context(cluster)
+
+
+def _start_slurm(running: ExitStack, place: SlurmPlace) -> Any:
+    dask_jobqueue = import_extra("dask_jobqueue", "cluster")
+    cluster = running.enter_context(dask_jobqueue.SLURMCluster(**place.options()))
+    _test_job(cluster.job_script())
+    # Adaptive even where the number is fixed: this is what replaces jobs that end.
+    cluster.adapt(minimum_jobs=place.min_jobs, maximum_jobs=place.max_jobs, wait_count=_IDLE_S)
+    return cluster
+
+
+def _test_job(script: str) -> None:
+    """Raise InputError if SLURM would not take the job; dask-jobqueue tells only its log."""
+    try:
+        sbatch = ["sbatch", "--test-only"]
+        done = subprocess.run(sbatch, input=script, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise InputError(
+            "sbatch is not found: start this on a node where SLURM jobs can be submitted"
+        ) from None
+    if done.returncode:
+        raise InputError(f"SLURM refuses the workers' job: {' '.join(done.stderr.split())}")
+
+
+def _start_kubernetes(running: ExitStack, place: KubernetesPlace) -> Any:
+    operator = import_extra("dask_kubernetes.operator", "cluster")
+    # Asked first: a KubeCluster that cannot start complains once more at the end of the process.
+    import_extra("kr8s", "cluster").api(namespace=place.namespace).version()
+    cluster = operator.KubeCluster(
+        custom_cluster_spec=kubernetes_manifest(place, f"{place.name}-{uuid.uuid4().hex[:8]}"),
+        namespace=place.namespace,
+        resource_timeout=place.start_timeout // US_PER_SECOND,
+        shutdown_on_close=True,
+        quiet=True,
+    )
+    running.enter_context(cluster)
+    least, most = place.workers
+    if least < most:
+        cluster.adapt(minimum=least, maximum=most)
+    return cluster
+
+
+_START: dict[type[DaskPlace], Callable[[ExitStack, Any], Any]] = {
+    LocalPlace: _start_local,
+    CudaPlace: _start_cuda,
+    SlurmPlace: _start_slurm,
+    KubernetesPlace: _start_kubernetes,
+}
+
+
+def _security(tls: Tls | None) -> Any:
+    """Dask's Security of a TLS scheduler; raises InputError naming a file that is missing."""
+    from distributed.security import Security
+
+    if tls is None:
+        return None
+    for path in (tls.ca_file, tls.cert, tls.key):
+        if not Path(path).is_file():
+            raise InputError(f"{path}: no such file; tls needs the PEM files ca_file, cert and key")
+    return Security(
+        tls_ca_file=tls.ca_file, tls_client_cert=tls.cert, tls_client_key=tls.key, require_encryption=True
+    )
+
+
+def _wait_for_a_worker(client: Any, place: DaskPlace) -> None:
+    """Raise ClusterlobError if none comes in time.
+
+    It waits for a task rather than for a worker: adaptive places start the first one only for a task.
+    """
+    try:
+        client.submit(len, (), pure=False).result(timeout=place.start_timeout / US_PER_SECOND)
+    except TimeoutError:
+        waited = format_duration(place.start_timeout)
+        raise ClusterlobError(
+            f"{place.describe()}: none came within {waited}; look at {place.where_to_look}"
+        ) from None
+
+
+# ---- the same code everywhere -----------------------------------------------------------------------
+
+
+@cache
+def environment() -> dict[str, str]:
+    """What may change a value besides the config: a hash of this package's source, and versions."""
+    package = Path(__file__).parent
+    source = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        source.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return {
+        "clusterlob_gpu": source.hexdigest()[:12],
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        **{library: version(library) for library in _LIBRARIES},
+    }
+
+
+def _check_workers(client: Any) -> None:
+    """Raise InputError if a worker or the scheduler runs other code than this process."""
+    found: dict[str, Any] = client.run(environment, on_error="return")
+    for address, there in found.items():
+        if isinstance(there, BaseException):
+            raise InputError(
+                f"worker {address} cannot say what it runs ({one_line(there)}): "
+                "install the same clusterlob_gpu there"
+            )
+        _require_same(f"worker {address}", environment(), there)
+
+
+def _require_same(who: str, here: Mapping[str, str], there: Mapping[str, str]) -> None:
+    other = [
+        f"{name} {there.get(name)} instead of {value}"
+        for name, value in here.items()
+        if there.get(name) != value
+    ]
+    if other:
+        raise InputError(f"{who} has {', '.join(other)}: results could depend on the worker")
+
+
+@dataclass(frozen=True)
+class _Task(Generic[Item, Result]):
+    """A function that first makes sure of its worker: one that joins late has not been checked before."""
+
+    function: Callable[[Item], Result]
+    environment: Mapping[str, str]
+
+    def __call__(self, item: Item) -> Result:
+        from distributed import get_worker
+
+        if self.environment != environment():
+            _require_same(f"worker {get_worker().address}", self.environment, environment())
+        return self.function(item)
