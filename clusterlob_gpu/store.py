@@ -1,7 +1,12 @@
-"""What a run leaves behind: artefacts of days, the run directory, and the ledger of runs.
+"""Artefacts of days: named by what went into them, whole or absent, made once.
 
-An artefact is a directory named by the hash of everything that went into it.  It is written under a
-temporary name and renamed, so it is either whole or absent; whoever comes second keeps the first.
+An artefact is a folder `<stage>/<symbol>/<day>/<key>/` with its files and a `record.json`: what it was made
+of, what the stage says of it, and size and XXH3 hash of every file.  On a file system it is written under
+a hidden name and renamed; in an object store the record is written last.  Either way it is whole once its
+record is there; whoever comes second keeps the first, and one whose files do not match is made again.
+
+Workers read artefacts as local files: those of an object store come through a cache in the temporary
+folder of the machine.
 """
 
 from __future__ import annotations
@@ -10,20 +15,29 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 import uuid
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import pandas as pd
+import xxhash
 from filelock import FileLock
 
-from clusterlob_gpu.errors import InputError
+from clusterlob_gpu.errors import ClusterlobError, InputError
+from clusterlob_gpu.files import Location
 
 _RECORD = "record.json"
+_CACHE_FREE = 0.1
+"""Share of the disk that the cache of an object store leaves free."""
+_IN_USE_S = 3600
+"""An artefact used within this time (s) is never cleaned away: a run may be reading it."""
 
 
 def source_hash(caller: str, modules: Iterable[ModuleType]) -> str:
@@ -31,12 +45,7 @@ def source_hash(caller: str, modules: Iterable[ModuleType]) -> str:
     digest = hashlib.sha256(Path(caller).read_bytes())
     for module in modules:
         digest.update(Path(str(module.__file__)).read_bytes())
-    return digest.hexdigest()
-
-
-def artefact_key(**parts: Any) -> str:
-    """Name of an artefact: SHA-256 of the canonical JSON of what goes into it."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
+    return digest.hexdigest()[:16]
 
 
 def array_hash(array: np.ndarray) -> str:
@@ -44,67 +53,330 @@ def array_hash(array: np.ndarray) -> str:
     return hashlib.sha256(str(array.shape).encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Artefact:
+    """What an artefact is made of; its address follows from that alone."""
+
+    stage: str
+    symbol: str
+    day: str
+    inputs: Mapping[str, Any]
+    """Plain values: code version, fingerprints of files, addresses of artefacts, settings."""
+
+    @cached_property
+    def plain(self) -> dict[str, Any]:
+        """The inputs as JSON gives them back."""
+        held: dict[str, Any] = json.loads(json.dumps(self.inputs, sort_keys=True, default=str))
+        return held
+
+    @cached_property
+    def address(self) -> str:
+        """Folder below the store: stage, symbol, day, hash of the inputs."""
+        text = json.dumps([self.stage, self.symbol, self.day, self.plain], sort_keys=True)
+        return f"{self.stage}/{self.symbol}/{self.day}/{hashlib.sha256(text.encode()).hexdigest()[:40]}"
+
+
+@dataclass(frozen=True)
+class Made:
+    """An artefact that is there."""
+
+    address: str
+    why: str | None
+    """Why it had to be made; None where it was there already."""
+    size: int
+    """Bytes of its files."""
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What the stage said of it."""
+
+    def brief(self) -> Self:
+        """The same without the record: what travels between workers."""
+        return replace(self, record={})
+
+
 class Store:
-    """Artefacts by stage and key below one folder."""
+    """Artefacts below one location."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = Path(root)
+    def __init__(self, root: Location | Path | str) -> None:
+        self.root = Location.of(root)
 
-    def path(self, stage: str, key: str) -> Path:
-        """Directory of an artefact, whether it exists or not."""
-        return self.root / stage / key[:2] / key
+    # ---- finding ----------------------------------------------------------------------------------
 
-    def record(self, stage: str, key: str) -> dict[str, Any] | None:
-        """The artefact's record, or None where it is absent or any of its files is damaged."""
-        folder = self.path(stage, key)
-        try:
-            record = json.loads((folder / _RECORD).read_text())
-            whole = all((folder / name).stat().st_size == size for name, size in record["files"].items())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    def find(self, artefact: Artefact, *, verify: bool = False) -> Made | None:
+        """The artefact, None where it is absent or damaged; `verify` reads its files to be sure."""
+        held = self._held(artefact.address)
+        if held is None:
             return None
-        return record if whole else None
+        folder = self._local(artefact.address)
+        if folder is not None and not _matches(folder, held["files"], verify):
+            return None
+        return _made(artefact.address, held, None)
 
-    def reuse_or_write(
-        self, stage: str, key: str, fill: Callable[[Path], dict[str, Any]]
-    ) -> tuple[dict[str, Any], bool]:
-        """The artefact's record, and whether it was there already; see `write` for `fill`."""
-        present = self.record(stage, key)
-        return (self.write(stage, key, fill), False) if present is None else (present, True)
-
-    def write(self, stage: str, key: str, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """Make an artefact: `fill` writes its files into a folder and returns its record."""
-        final = self.path(stage, key)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        folder = final.with_name(f".{key}.{uuid.uuid4().hex}")
-        folder.mkdir()
+    def _held(self, address: str) -> dict[str, Any] | None:
+        """Content of a record; None where there is none that can be read."""
         try:
+            held = json.loads((self.root / address / _RECORD).read())
+            return held if {"files", "record", "inputs"} <= set(held) else None
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, NotADirectoryError):
+            return None
+
+    def _local(self, address: str) -> Path | None:
+        return None if self.root.path is None else self.root.path / address
+
+    def folder(self, address: str) -> Path:
+        """The artefact's files as a local folder, fetched from an object store if they are not here yet."""
+        folder = self._local(address)
+        return self._fetched(address) if folder is None else folder
+
+    # ---- making -----------------------------------------------------------------------------------
+
+    def make(self, artefact: Artefact, fill: Callable[[Path], Mapping[str, Any]]) -> Made:
+        """The artefact, made if it is not there: `fill` writes its files into a folder, gives its record."""
+        found = self.find(artefact, verify=True)
+        if found is not None:
+            self._touch(artefact.address)
+            return found
+        why = self.why(artefact)
+        with self._workplace() as folder:
             record = fill(folder)
-            record["files"] = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
-            (folder / _RECORD).write_text(json.dumps(record))
-            return self._commit(folder, final, record)
+            held = {"record": record, "files": _described(folder), "inputs": artefact.plain, "why": why}
+            held["made"] = time.time()
+            # Read back as every later run will find it.
+            text = json.dumps(held, default=str)
+            (folder / _RECORD).write_text(text)
+            held = self._put(artefact.address, folder, json.loads(text))
+        return _made(artefact.address, held, why)
+
+    def why(self, artefact: Artefact) -> str:
+        """Why an artefact that was not found has to be made: in what it differs from its like."""
+        parent, key = artefact.address.rsplit("/", 1)
+        if (self.root / artefact.address).entries():
+            return "damaged"
+        likes = []
+        for entry in (self.root / parent).entries():
+            if entry.is_folder and entry.name != key and not entry.name.startswith("."):
+                held = self._held(f"{parent}/{entry.name}")
+                if held is not None:
+                    likes.append(_differences(held["inputs"], artefact.plain))
+        return "; ".join(min(likes, key=len)) if likes else "new"
+
+    @contextmanager
+    def _workplace(self) -> Iterator[Path]:
+        """A hidden folder to write into, removed at the end, on the file system of the final place."""
+        base = self.root.path or self._cache
+        folder = base / ".making" / uuid.uuid4().hex
+        folder.mkdir(parents=True)
+        try:
+            yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _commit(self, folder: Path, final: Path, record: dict[str, Any]) -> dict[str, Any]:
-        """Rename into place; a whole artefact that stands there is kept, a damaged one replaced."""
+    def _put(self, address: str, folder: Path, held: dict[str, Any]) -> dict[str, Any]:
+        """Put a finished folder in place, unless a whole artefact stands there; gives what holds now."""
+        if self.root.path is None:
+            for name in held["files"]:
+                (self.root / address / name).put(folder / name)
+            (self.root / address / _RECORD).put(folder / _RECORD)
+        base = self.root.path or self._cache
+        final = base / address
+        final.parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):
             os.rename(folder, final)
-            return record
-        stage, key = final.parent.parent.name, final.name
+            return held
         # One repair at a time, or the second would remove what the first has just put in place.
-        with FileLock(self.root / ".repair.lock"):
-            present = self.record(stage, key)
-            if present is not None:
-                return present
+        with FileLock(base / ".making" / "repair.lock"):
+            present = _read_record(final)
+            if present is not None and _matches(final, present["files"], verify=True):
+                return present if self.root.path is not None else held
             shutil.rmtree(final, ignore_errors=True)
             try:
                 os.rename(folder, final)
             except OSError:
-                present = self.record(stage, key)  # of a writer who found the place just emptied
+                present = _read_record(final)  # of a writer who found the place just emptied
                 if present is None:
                     raise
                 return present
-        return record
+        return held
+
+    def _touch(self, address: str) -> None:
+        """Note the use, so that cleaning by age spares it; an object store keeps no such note."""
+        folder = self._local(address)
+        if folder is not None:
+            with suppress(OSError):
+                os.utime(folder / _RECORD)
+
+    # ---- object stores ----------------------------------------------------------------------------
+
+    @cached_property
+    def _cache(self) -> Path:
+        name = hashlib.sha256(self.root.name.encode()).hexdigest()[:16]
+        folder = Path(tempfile.gettempdir()) / f"clusterlob-{os.getuid()}" / name
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder
+
+    def _fetched(self, address: str) -> Path:
+        final = self._cache / address
+        if (final / _RECORD).exists():
+            os.utime(final / _RECORD)
+            return final
+        held = self._held(address)
+        if held is None:
+            raise ClusterlobError(f"{self.root / address}: gone from the store; give the same command again")
+        _make_room(self._cache)
+        with self._workplace() as folder:
+            for name in held["files"]:
+                (self.root / address / name).fetch(folder / name)
+            if not _matches(folder, held["files"], verify=True):
+                (self.root / address / _RECORD).remove()
+                raise ClusterlobError(f"{self.root / address}: is damaged; give the same command again")
+            (folder / _RECORD).write_text(json.dumps(held))
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # another task of this machine was first
+                os.rename(folder, final)
+        return final
+
+    # ---- care -------------------------------------------------------------------------------------
+
+    def check_writable(self) -> None:
+        """Raise InputError if the store refuses writes."""
+        probe = self.root / f".probe-{uuid.uuid4().hex}"
+        try:
+            probe.write(b"")
+            probe.remove()
+        except OSError as error:
+            reason = error.strerror or " ".join(str(error).split())
+            raise InputError(f"--store {self.root}: cannot be written to ({reason})") from None
+
+    def held(self) -> list[Held]:
+        """Every artefact, oldest use first."""
+        folders: dict[str, list[tuple[int, int]]] = {}
+        whole = set()
+        for entry in self.root.entries(below=True):
+            parts = entry.name.split("/")
+            if entry.is_folder or len(parts) != 5:
+                continue
+            address = "/".join(parts[:4])
+            folders.setdefault(address, []).append((entry.size, entry.changed_ns))
+            if parts[4] == _RECORD:
+                whole.add(address)
+        found = [
+            Held(address, sum(size for size, _ in files), max(ns for _, ns in files) / 1e9, address in whole)
+            for address, files in folders.items()
+        ]
+        return sorted(found, key=lambda one: (one.used, one.address))
+
+    def clean(
+        self, *, unused_s: float | None = None, max_bytes: int | None = None, dry_run: bool = False
+    ) -> list[Held]:
+        """Remove artefacts that were not used for `unused_s`, then the longest unused above `max_bytes`.
+
+        What was used within the last hour stays, whatever the limits: a run may be reading it.  Left-overs
+        of writers that were killed go too.  Gives what was (or would be) removed.
+        """
+        now, held = time.time(), self.held()
+        total, gone = sum(one.size for one in held), []
+        for one in held:
+            idle = now - one.used
+            too_old = unused_s is not None and idle > unused_s
+            too_much = max_bytes is not None and total > max_bytes
+            if idle > _IN_USE_S and (too_old or too_much):
+                gone.append(one)
+                total -= one.size
+        if not dry_run:
+            for one in gone:
+                (self.root / one.address / _RECORD).remove()  # first, so that what is left counts as absent
+                (self.root / one.address).remove()
+            self._clean_workplaces(now)
+        return gone
+
+    def _clean_workplaces(self, now: float) -> None:
+        if self.root.path is None:
+            return
+        for folder in (self.root.path / ".making").glob("*"):
+            newest = max((path.stat().st_mtime for path in [folder, *folder.glob("*")]), default=now)
+            if folder.is_dir() and now - newest > 24 * _IN_USE_S:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Held:
+    """An artefact as the store's listing shows it."""
+
+    address: str
+    size: int
+    """Bytes."""
+    used: float
+    """Time of the last use, s since the epoch."""
+    whole: bool
+
+    @property
+    def stage(self) -> str:
+        return self.address.split("/", 1)[0]
+
+
+def _made(address: str, held: Mapping[str, Any], why: str | None) -> Made:
+    return Made(address, why, sum(size for size, _ in held["files"].values()), held["record"])
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError):
+        held: dict[str, Any] = json.loads((folder / _RECORD).read_text())
+        return held
+    return None
+
+
+def _described(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and hash of every file, by name."""
+    return {path.name: (path.stat().st_size, _file_hash(path)) for path in sorted(folder.iterdir())}
+
+
+def _matches(folder: Path, files: Any, verify: bool) -> bool:
+    """Whether a folder holds the files of a record, by size, with `verify` by content."""
+    try:
+        for name, (size, content) in files.items():
+            if (folder / name).stat().st_size != size:
+                return False
+            if verify and _file_hash(folder / name) != content:
+                return False
+    except (OSError, AttributeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _file_hash(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """In what two trees of plain values differ, in words: `config.window 100 -> 50`, `files changed`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}):
+            found += _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        return found
+    if old == new:
+        return []
+    texts = [json.dumps(value) for value in (old, new)]
+    return [f"{name} {texts[0]} -> {texts[1]}" if max(map(len, texts)) <= 16 else f"{name} changed"]
+
+
+def _make_room(cache: Path) -> None:
+    """Remove what was longest unused from the cache until the disk has some room again."""
+    usage = shutil.disk_usage(cache)
+    wanted = int(_CACHE_FREE * usage.total) - usage.free
+    if wanted <= 0:
+        return
+    records = sorted((path.stat().st_mtime, path) for path in cache.glob(f"*/*/*/*/{_RECORD}"))
+    for used, record in records:
+        if wanted <= 0 or time.time() - used < _IN_USE_S:
+            return
+        wanted -= sum(path.stat().st_size for path in record.parent.iterdir())
+        shutil.rmtree(record.parent, ignore_errors=True)
 
 
 def save_columns(folder: Path, **columns: np.ndarray) -> None:
@@ -117,61 +389,3 @@ def load_column(folder: Path, name: str) -> np.ndarray:
     """An array written by `save_columns`, mapped from its file."""
     mapped = np.load(folder / f"{name}.npy", mmap_mode="c")
     return np.asarray(mapped)
-
-
-class RunDirectory:
-    """A run's output: made in a hidden sibling folder, put in place whole by `publish`."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = Path(out).absolute()
-        above = next(folder for folder in self.out.parents if folder.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise InputError(f"--out {self.out}: {above} is not a folder that can be written to")
-        if (
-            self.out.exists()
-            and not (self.out / "run.json").exists()
-            and (not self.out.is_dir() or any(self.out.iterdir()))
-        ):
-            raise InputError(f"--out {self.out}: exists and is not a run; choose an empty or new directory")
-        self.work = self.out.with_name(f".{self.out.name}.{uuid.uuid4().hex[:8]}.partial")
-
-    def __enter__(self) -> RunDirectory:
-        (self.work / "results").mkdir(parents=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.work, ignore_errors=True)
-
-    def write_table(self, name: str, table: pd.DataFrame) -> None:
-        """Write results/<name>.parquet."""
-        table.to_parquet(self.work / "results" / f"{name}.parquet", index=False)
-
-    def write_run(self, values: dict[str, Any]) -> None:
-        """Write run.json."""
-        (self.work / "run.json").write_text(json.dumps(values, indent=1, default=str) + "\n")
-
-    def publish(self) -> None:
-        """Put the finished directory in place of whatever run stood there."""
-        old = self.out.with_name(f".{self.out.name}.{uuid.uuid4().hex[:8]}.old")
-        with _logs_lock(self.out.parent):
-            if self.out.exists():
-                os.rename(self.out, old)
-            os.rename(self.work, self.out)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _logs_lock(out_root: Path) -> FileLock:
-    """Lock of everything that runs with one out root share: the ledger, the moment of publishing."""
-    folder = Path(out_root) / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / ".runs.lock")
-
-
-def append_ledger(out_root: Path, line: dict[str, Any]) -> None:
-    """Append one line to logs/runs.jsonl in one write, under a lock, and flush it to disk."""
-    text = json.dumps(line, default=str) + "\n"
-    lock = _logs_lock(out_root)
-    with lock, (Path(out_root) / "logs" / "runs.jsonl").open("a") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -75,6 +75,11 @@ class Sizes:
     """(m,) int64: first row at or after each of these times."""
 
 
+def phases(width: int, windows: Sequence[int]) -> list[int]:
+    """Times (us) after the start of a bar at which a window may begin or end; [0] for whole bars."""
+    return sorted({0, *(-window % width for window in windows)})
+
+
 def day_sizes(
     ts: np.ndarray, notional: np.ndarray, *, start: int, width: int, windows: Sequence[int]
 ) -> Sizes:
@@ -89,9 +94,8 @@ def day_sizes(
             f"trade {at} of the day at ts_local_us = {ts[at]}: notional {notional[at]} is negative; "
             "prices and sizes must not be, ingest the day again"
         )
-    phases = np.array(sorted({0, *(-window % width for window in windows)}), np.int64)
     bars = np.arange(start, start + US_PER_DAY, width, dtype=np.int64)
-    times = (bars[:, None] + phases).ravel()
+    times = (bars[:, None] + np.array(phases(width, windows), np.int64)).ravel()
     bins, totals = np.empty(len(notional), np.uint16), np.zeros(N_BINS, np.int64)
     flow_kernels.bin_sizes(notional, bins, totals)
     return Sizes(notional, bins, totals, times, np.searchsorted(ts, times).astype(np.int64))

@@ -2,25 +2,29 @@
 
 A day needs of the days before it the book at midnight and, for ClusterLOB, the raw features of the last
 trades.  Days before the range are added one by one until nothing earlier could alter the first state.
+All symbols go through each step together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from typing import TypeVar
 
 import numpy as np
 
-from clusterlob_gpu import context, days, features, returns
+from clusterlob_gpu import context, days, features
 from clusterlob_gpu.config import ClusterConfig, RunConfig
 from clusterlob_gpu.context import BookCarry
 from clusterlob_gpu.days import State, next_day, previous_day
 from clusterlob_gpu.lake.layout import day_of_us, day_start_us
 from clusterlob_gpu.lake.native import days_between
 from clusterlob_gpu.pipeline.run import RunRequest, SymbolRun
+from clusterlob_gpu.pipeline.stages import Stages
 from clusterlob_gpu.schema import FEATURES
-from clusterlob_gpu.workers import Workers
+
+Run = TypeVar("Run", bound=SymbolRun)
 
 
 @dataclass
@@ -34,12 +38,14 @@ class CarriedRun(SymbolRun):
 
 
 def reduce_books(
-    run: SymbolRun, request: RunRequest[RunConfig], held: Sequence[date], stage: str, workers: Workers
+    asked: Sequence[tuple[Run, Sequence[date]]], request: RunRequest[RunConfig], stages: Stages
 ) -> None:
-    """Reduce the books of the days that the lake has of `held`."""
-    jobs = [run.job(request, day) for day in held if run.lake.has(request.config.book, day)]
-    run.has_read(request.config.book, [job.day for job in jobs])
-    run.books |= {book.day: book for book in workers.map(stage, days.reduce_book, jobs)}
+    """Reduce the books of the days that the lake has of those asked of each symbol."""
+    table = request.config.book
+    tasks = [(run, run.job(request, day)) for run, days_ in asked for day in run.held(table, days_)]
+    made = stages.make("book", days.book_artefact, days.reduce_book, [job for _, job in tasks], table)
+    for (run, _), book in zip(tasks, made, strict=True):
+        run.books[book.day] = book
 
 
 def carry_books(run: SymbolRun, earliest: date) -> None:
@@ -54,51 +60,63 @@ def carry_books(run: SymbolRun, earliest: date) -> None:
     run.carries[next_day(last)] = carry
 
 
-def prepare_states(run: CarriedRun, request: RunRequest[ClusterConfig], workers: Workers) -> None:
+def prepare_states(
+    runs: Sequence[CarriedRun], request: RunRequest[ClusterConfig], reach: int, stages: Stages
+) -> None:
     """Reduce the books of the range and of the days around it, and carry the state over midnights.
 
-    Days before the range are added one by one until nothing earlier could alter the first state.
+    `reach` is how far (us) past the last day's end a book is needed.
     """
-    config, first, last = request.config, request.start, request.end
-    reach = max(config.reach, 2 * config.bucket, max(returns.MARKOUTS_US))
+    first, last = request.start, request.end
     last_needed = day_of_us(day_start_us(next_day(last)) + reach)
-    reduce_books(run, request, days_between(first, last_needed), "book", workers)
-    earliest = first
-    while True:
-        carry_books(run, earliest)
-        _carry_tails(run, request, days_between(earliest, last), workers)
-        before = previous_day(earliest)
-        if _settled(run, config, earliest, first):
-            break
-        reduce_books(run, request, [before], "book before", workers)
-        earliest = before
+    reduce_books([(run, days_between(first, last_needed)) for run in runs], request, stages)
+    earliest, open_runs = first, list(runs)
+    while open_runs:
+        for run in open_runs:
+            carry_books(run, earliest)
+        _carry_tails(open_runs, request, days_between(earliest, last), stages)
+        open_runs = [run for run in open_runs if not _settled(run, request.config, earliest, first)]
+        earliest = previous_day(earliest)
+        reduce_books([(run, [earliest]) for run in open_runs], request, stages)
 
 
 def _carry_tails(
-    run: CarriedRun, request: RunRequest[ClusterConfig], chain: list[date], workers: Workers
+    runs: Sequence[CarriedRun], request: RunRequest[ClusterConfig], chain: list[date], stages: Stages
 ) -> None:
     """State at the start of every day of a chain, from the tails of the days before that have trades."""
-    traded = [day for day in chain[:-1] if run.lake.has("trades", day)]
-    run.has_read("trades", traded)
-    unknown = [day for day in traded if (day, run.carries.get(day)) not in run.tails]
-    tasks = [(run.job(request, day), run.books.get(day), run.carries.get(day)) for day in unknown]
-    for day, found in zip(unknown, workers.map("tails", days.own_tail, tasks), strict=True):
-        run.tails[day, run.carries.get(day)] = found
-    own = {day: run.tails[day, run.carries.get(day)] for day in traded}
+    traded = {run.name: run.held("trades", chain[:-1]) for run in runs}
+    unknown = [
+        (run, day) for run in runs for day in traded[run.name] if (day, run.carries.get(day)) not in run.tails
+    ]
+    tasks = [(run.job(request, day), run.books.get(day), run.carries.get(day)) for run, day in unknown]
+    made = stages.make("tail", days.tail_artefact, days.own_tail, tasks)
+    for (run, day), found in zip(unknown, made, strict=True):
+        run.tails[day, run.carries.get(day)] = found.raw
+    for run in runs:
+        own = {day: run.tails[day, run.carries.get(day)] for day in traded[run.name]}
+        run.states = _chain_states(run.carries, own, chain, request.config.window)
+
+
+def _chain_states(
+    carries: Mapping[date, BookCarry | None],
+    own: Mapping[date, np.ndarray],
+    chain: Sequence[date],
+    window: int,
+) -> dict[date, State]:
     nothing = np.empty((len(FEATURES), 0))
-    window = request.config.window
-    tail, run.states = nothing, {}
+    tail, states = nothing, {}
     for day in chain:
-        run.states[day] = State(run.carries.get(day), tail)
+        states[day] = State(carries.get(day), tail)
         tail = features.last_columns(tail, own[day], window) if day in own else nothing
+    return states
 
 
 def _settled(run: CarriedRun, config: ClusterConfig, earliest: date, first: date) -> bool:
     """Whether no day before `earliest` could alter the state at the start of the range."""
     state = run.states[first]
     around = days_between(previous_day(earliest), previous_day(first))
-    book_ends = any(not run.lake.has(config.book, day) for day in around)
-    trades_end = any(not run.lake.has("trades", day) for day in around)
+    book_ends = len(run.held(config.book, around)) < len(around)
+    trades_end = len(run.held("trades", around)) < len(around)
     book_known = book_ends or (state.book is not None and state.book.complete)
     full = state.tail.shape[1] == config.window - 1 and not np.isnan(state.tail).any()
     return book_known and (full or (trades_end and book_ends))

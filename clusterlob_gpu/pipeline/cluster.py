@@ -1,8 +1,12 @@
-"""ClusterLOB: features, fit, labels, buckets, returns, evaluation."""
+"""ClusterLOB: features, fit, labels, buckets, returns, evaluation.
+
+A run has one config, a sweep has many that share their features: both go through the same steps, in which
+every day is read once, every pass of k-means serves all fits, and every labelled day all models.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -11,24 +15,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from clusterlob_gpu import bars, clustering, days, evaluation, returns
-from clusterlob_gpu.clustering import Bounds, Fit, Model
+from clusterlob_gpu import bars, cluster_days, clustering, days, evaluation, returns
+from clusterlob_gpu.cluster_days import FitJob, Fitted, LabelJob, LabelledDay, Labelling, TrainDay
+from clusterlob_gpu.clustering import Model
 from clusterlob_gpu.config import ClusterConfig, format_duration
-from clusterlob_gpu.days import FeatureDay, LabelJob, LabelledDay, TrainDay, next_day
+from clusterlob_gpu.days import FeatureDay, MidsDay, next_day
 from clusterlob_gpu.errors import InputError
+from clusterlob_gpu.files import Location
 from clusterlob_gpu.lake.layout import day_of_us, day_start_us
 from clusterlob_gpu.pipeline.carry import CarriedRun, prepare_states
+from clusterlob_gpu.pipeline.fits import fit_all
 from clusterlob_gpu.pipeline.run import (
-    Clock,
+    Bad,
     Outcome,
     RunRequest,
+    Work,
     added,
     check_range,
     execute,
     missing_notes,
 )
+from clusterlob_gpu.pipeline.stages import Stages
 from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES
-from clusterlob_gpu.store import RunDirectory
+from clusterlob_gpu.store import Store
 from clusterlob_gpu.workers import Workers
 
 FEATURE_KEYS = ("book", "depth", "window", "same_side", "spread", "asof", "max_staleness")
@@ -57,29 +66,82 @@ class ClusterRun(CarriedRun):
     """A symbol on its way through the stages of ClusterLOB."""
 
     features: dict[date, FeatureDay] = field(default_factory=dict)
-    models: list[Model] = field(default_factory=list)
-    labelled: int = 0
-    """Trades that a model has labelled."""
-    unfitted: list[Window] = field(default_factory=list)
-    """Windows of the walk-forward whose training days have too few trades."""
 
 
-def check_request(request: ClusterRequest) -> list[ClusterRun]:
-    """`check_range`, and whether the walk-forward and the engine are possible.
+@dataclass
+class Part:
+    """One symbol under one config: what its evaluation needs, and where it is."""
 
-    Raises InputError naming what is not.
-    """
-    engine = request.config.engine
-    if engine.startswith("cuml"):
-        raise InputError(f"engine = {engine!r}: needs the gpu backend; use auto, lloyd or sklearn")
-    runs = check_range(request)
-    windows(request)
-    return [ClusterRun(run.lake, run.wanted, run.missing) for run in runs]
+    symbol: str
+    exchange: str
+    config: ClusterConfig
+    store: Location
+    windows: list[Window]
+    models: dict[int, Model] = field(default_factory=dict)
+    """By number of the window; a walk-forward window with too few training rows has none."""
+    labelled: dict[int, list[LabelledDay]] = field(default_factory=dict)
+    """Days that the lake has, in order, by number of the window."""
+    mids: list[MidsDay] = field(default_factory=list)
+    problem: InputError | None = None
+    """Why there is nothing to evaluate."""
+
+    @property
+    def fitted(self) -> list[Window]:
+        """Windows with a model."""
+        return [window for window in self.windows if window.id in self.models]
 
 
-def windows(request: ClusterRequest) -> list[Window]:
+@dataclass(frozen=True)
+class ClusterExperiment:
+    """`run cluster`, and `label` where the request has models."""
+
+    name: str
+
+    def check(self, request: ClusterRequest, bad: Bad) -> list[ClusterRun]:
+        """`check_range`, and whether the walk-forward and the engine are possible.
+
+        Raises InputError naming what is not.
+        """
+        return check_cluster(request, [request.config], bad)
+
+    def compute(self, request: ClusterRequest, runs: list[ClusterRun], work: Work) -> Outcome:
+        """Every result of a checked request."""
+        (parts,) = prepare_parts(request, [request.config], runs, work)
+        problems = [part.problem for part in parts if part.problem is not None]
+        if problems:
+            raise problems[0]
+        tables: dict[str, pd.DataFrame] = {}
+        with work.clock.stage("evaluate"):
+            made = [part_tables(part, request.models is None) for part in parts]
+            for name in made[0]:
+                tables[name] = pd.concat([part[name] for part in made], ignore_index=True)
+            tables["ic"] = _evaluate(request, tables["buckets"], tables["centroids"])
+        if work.folder is not None:
+            last = [part.models[part.fitted[-1].id] for part in parts]
+            clustering.write_models(last, work.folder.parent / "model.json")
+        summary = {
+            "sample": _sample(request),
+            "rows": {part.symbol: _row_counts(run, part) for run, part in zip(runs, parts, strict=True)},
+            "notes": _notes(request, runs, parts, work.bad),
+        }
+        return Outcome(tables, summary, _headline(tables["ic"]))
+
+
+CLUSTER, LABEL = ClusterExperiment("cluster"), ClusterExperiment("label")
+
+
+def check_cluster(request: ClusterRequest, configs: Sequence[ClusterConfig], bad: Bad) -> list[ClusterRun]:
+    """The runs of a request under several configs."""
+    for config in configs:
+        if config.engine.startswith("cuml"):
+            raise InputError(f"engine = {config.engine!r}: needs the gpu backend; use auto, lloyd or sklearn")
+        windows(request, config)
+    return [ClusterRun(run.lake, run.wanted, run.missing) for run in check_range(request, bad)]
+
+
+def windows(request: ClusterRequest, config: ClusterConfig) -> list[Window]:
     """Fits of the run: one in sample, or one per walk-forward step."""
-    config, asked = request.config, request.days
+    asked = request.days
     after = day_start_us(next_day(request.end))
     if request.models is not None:
         return [Window(0, [], asked, after)]
@@ -102,76 +164,229 @@ def windows(request: ClusterRequest) -> list[Window]:
 
 def run_cluster(request: ClusterRequest, workers: Workers) -> Path:
     """Run the whole experiment and return the output directory."""
-    return _run(request, check_request(request), workers)
+    return execute(request, CLUSTER, workers)
 
 
-def _run(request: ClusterRequest, runs: Sequence[ClusterRun], workers: Workers) -> Path:
-    """Run a checked request."""
-
-    def compute(directory: RunDirectory, clock: Clock) -> Outcome:
-        parts: dict[str, list[pd.DataFrame]] = {}
-        for run in runs:
-            for name, table in _run_symbol(run, request, directory, workers, clock).items():
-                parts.setdefault(name, []).append(table)
-        tables = {name: pd.concat(part, ignore_index=True) for name, part in parts.items()}
-        with clock.stage("evaluate"):
-            tables["ic"] = _evaluate(request, tables["buckets"], tables["centroids"])
-        clustering.write_models([run.models[-1] for run in runs], directory.work / "model.json")
-        summary = {
-            "sample": _sample(request),
-            "rows": {run.name: _row_counts(run) for run in runs},
-            "notes": _notes(request, runs),
-        }
-        return Outcome(tables, summary, _headline(tables["ic"]))
-
-    experiment = "cluster" if request.models is None else "label"
-    return execute(request, experiment, runs, workers, compute)
-
-
-def _run_symbol(
-    run: ClusterRun,
-    request: ClusterRequest,
-    directory: RunDirectory,
-    workers: Workers,
-    clock: Clock,
-) -> dict[str, pd.DataFrame]:
-    """Every stage of one symbol: its result tables by name."""
+def prepare_parts(
+    request: ClusterRequest, configs: Sequence[ClusterConfig], runs: Sequence[ClusterRun], work: Work
+) -> list[list[Part]]:
+    """Every symbol under every config (which share the features of the request's), up to its evaluation."""
+    stages, clock = work.stages, work.clock
     with clock.stage("book"):
-        prepare_states(run, request, workers)
+        prepare_states(runs, request, max(_reach(config) for config in configs), stages)
     with clock.stage("features"):
-        _make_features(run, request, workers)
-    centroids, flows, markouts, fits = [], [], [], []
-    for window in windows(request):
-        with clock.stage("fit"):
-            model = _window_model(run, request, window, workers)
-        if model is None:
-            run.unfitted.append(window)
-            continue
-        previous = run.models[-1] if run.models else None
-        run.models.append(model)
-        with clock.stage("label"):
-            labelled = _label(run, request, window, directory, workers)
-        run.labelled += sum(int(day.counts.sum()) for day in labelled)
-        flows.append(_window_flow(run, request, window, labelled))
-        markouts += [day.markouts for day in labelled]
-        table = _centroids(model, previous, labelled, request)
-        centroids.append(table.assign(symbol=run.name, window_id=np.int32(window.id)))
-        fits.append({"symbol": run.name, "window_id": np.int32(window.id)} | _fit_row(model, window))
-    if not flows:
-        raise InputError(
-            f"k = {request.config.k}: no window of {run.name} has that many trades with features; see the "
-            "drop counts, and use a shorter window, a shorter purge or more days"
-        )
+        _make_features(runs, request, stages)
+    parts = [
+        [
+            Part(run.name, request.exchange, config, request.artefacts, windows(request, config))
+            for run in runs
+        ]
+        for config in configs
+    ]
+    pairs = [(run, part) for row in parts for run, part in zip(runs, row, strict=True)]
+    with clock.stage("fit"):
+        _fit(pairs, request, stages)
+    pairs = [(run, part) for run, part in pairs if part.problem is None]
+    with clock.stage("label"):
+        _label(pairs, request, work)
     with clock.stage("returns"):
-        buckets = pd.concat(flows, ignore_index=True)
-        buckets = buckets.merge(_returns(run, request, buckets, workers), on="bucket_ts", how="left")
-    with clock.stage("evaluate"):
-        tables = {
-            "centroids": _front(pd.concat(centroids, ignore_index=True), ["symbol", "window_id"]),
-            "buckets": _front(buckets, ["symbol", "window_id"]),
-        }
-        tables["markouts"] = _markouts(request, markouts, tables["centroids"])
-    if request.config.train_days is not None and request.models is None:
+        _find_mids(pairs, request, stages)
+    stages.end_of_plan()
+    return parts
+
+
+def _reach(config: ClusterConfig) -> int:
+    """How far past the end of the range a book is looked at (us)."""
+    return max(config.reach, 2 * config.bucket, max(returns.MARKOUTS_US))
+
+
+def _make_features(runs: Sequence[ClusterRun], request: ClusterRequest, stages: Stages) -> None:
+    wanted = [(run, day) for run in runs for day in run.wanted]
+    tasks = [(run.job(request, day), run.books[day], run.states[day]) for run, day in wanted]
+    made = stages.make("features", days.feature_artefact, days.make_features, tasks)
+    for (run, day), found in zip(wanted, made, strict=True):
+        run.features[day] = found
+
+
+Pairs = Sequence[tuple[ClusterRun, Part]]
+
+
+def _fit(pairs: Pairs, request: ClusterRequest, stages: Stages) -> None:
+    """Give every part its models: the given one, or one fitted on the training days of each window.
+
+    A walk-forward window with fewer training rows than clusters has none.
+    """
+    if request.models is not None:
+        for _, part in pairs:
+            part.models = {window.id: request.models[part.symbol] for window in part.windows}
+        return
+    trains = [
+        (run, part, window, _train_days(run, request, window))
+        for run, part in pairs
+        for window in part.windows
+    ]
+    rows = _rows_of([day for *_, train in trains for day in train], stages)
+    jobs: list[tuple[Part, Window, FitJob]] = []
+    for run, part, window, train in trains:
+        total = sum(rows[day.key] for day in train)
+        if total >= part.config.k:
+            folder = run.job(request, window.train[0]).symbol_folder
+            jobs.append((part, window, FitJob(folder, train, total, part.config)))
+    fits = fit_all([job for _, _, job in jobs], stages)
+    for (part, window, job), fitted in zip(jobs, fits, strict=True):
+        if isinstance(fitted, InputError):
+            part.problem = part.problem or fitted
+        else:
+            part.models[window.id] = _model(part, job, fitted)
+    for run, part in pairs:
+        if part.problem is None and not part.models:
+            part.problem = _no_fit(run, part)
+
+
+def _train_days(run: ClusterRun, request: ClusterRequest, window: Window) -> tuple[TrainDay, ...]:
+    held = [run.features[day] for day in window.train if day in run.features]
+    return tuple(TrainDay(request.artefacts, day, window.train_until) for day in held)
+
+
+def _rows_of(train: Sequence[TrainDay], stages: Stages) -> dict[tuple[str, int], int]:
+    """Rows of every training day; only those that a purge cuts have to be looked at."""
+    rows = {day.key: day.features.kept for day in train if day.whole}
+    cut = list({day.key: day for day in train if not day.whole}.values())
+    counted = stages.map("count", cluster_days.train_rows, cut)
+    return rows | {day.key: n for day, n in zip(cut, counted, strict=True)}
+
+
+def _no_fit(run: ClusterRun, part: Part) -> InputError:
+    kept, found = (sum(getattr(day, name) for day in run.features.values()) for name in ("kept", "trades"))
+    if part.config.train_days is None:
+        return InputError(
+            f"k = {part.config.k}: {kept} of {found} trades of the training days have features; "
+            "use a shorter window, or see the drop counts with more days"
+        )
+    return InputError(
+        f"k = {part.config.k}: no window of {run.name} has that many trades with features; see the "
+        "drop counts, and use a shorter window, a shorter purge or more days"
+    )
+
+
+def _model(part: Part, job: FitJob, fitted: Fitted) -> Model:
+    return clustering.make_model(
+        fitted.fit,
+        part.config.margin,
+        fitted.bounds,
+        symbol=part.symbol,
+        exchange=part.exchange,
+        train_days=[str(day.features.day) for day in job.train],
+        features=part.config.model_dump(mode="json", include=set(FEATURE_KEYS)),
+        fitted=part.config.model_dump(mode="json", include=set(FIT_KEYS)),
+    )
+
+
+def _label(pairs: Pairs, request: ClusterRequest, work: Work) -> None:
+    """Label the test days of every part's windows; a day is read once for all models that label it."""
+    asked: dict[tuple[str, date], list[tuple[Part, Window, Labelling]]] = {}
+    jobs: dict[tuple[str, date], LabelJob] = {}
+    for run, part in pairs:
+        for window in part.fitted:
+            for day in window.test:
+                if day in run.features:
+                    labelling = (part.models[window.id], part.config.bucket)
+                    asked.setdefault((run.name, day), []).append((part, window, labelling))
+                    jobs.setdefault((run.name, day), _label_job(run, request, day, work))
+    tasks = [
+        replace(job, asked=tuple(_distinct(labelling for _, _, labelling in asked[key])))
+        for key, job in jobs.items()
+    ]
+    made = work.stages.make("label", cluster_days.label_artefacts, cluster_days.label_day, tasks)
+    for key, task, labelled in zip(jobs, tasks, made, strict=True):
+        for part, window, labelling in asked[key]:
+            at = next(n for n, one in enumerate(task.asked) if _same(one, labelling))
+            part.labelled.setdefault(window.id, []).append(labelled[at])
+
+
+def _label_job(run: ClusterRun, request: ClusterRequest, day: date, work: Work) -> LabelJob:
+    keep = request.config.keep_trades and work.folder is not None
+    file = work.folder / "trade_features.parquet" / f"{run.name}-{day}.parquet" if keep else None  # type: ignore[operator]
+    return LabelJob(
+        job=run.job(request, day),
+        book=run.books[day],
+        next_book=run.books.get(next_day(day)),
+        state=run.states[day],
+        features=run.features[day],
+        asked=(),
+        trades_file=file,
+    )
+
+
+def _same(one: Labelling, other: Labelling) -> bool:
+    (model, width), (other_model, other_width) = one, other
+    same_bounds = all(
+        np.array_equal(a, b)
+        for a, b in (
+            (model.bounds.low, other_model.bounds.low),
+            (model.bounds.high, other_model.bounds.high),
+        )
+    )
+    return width == other_width and same_bounds and np.array_equal(model.centroids, other_model.centroids)
+
+
+def _distinct(labellings: Iterable[Labelling]) -> list[Labelling]:
+    found: list[Labelling] = []
+    for labelling in labellings:
+        if not any(_same(labelling, one) for one in found):
+            found.append(labelling)
+    return found
+
+
+def _find_mids(pairs: Pairs, request: ClusterRequest, stages: Stages) -> None:
+    """Mids at all times at which the buckets of any part need one, asked of the days that decide them."""
+    times: dict[str, list[np.ndarray]] = {}
+    runs: dict[str, ClusterRun] = {}
+    for run, part in pairs:
+        runs[run.name] = run
+        for window in part.fitted:
+            starts = np.arange(
+                day_start_us(window.test[0]), day_start_us(next_day(window.test[-1])), part.config.bucket
+            )
+            asked = returns.bucket_times(starts, part.config.bucket, part.config.horizons)
+            times.setdefault(run.name, []).append(asked)
+    tasks, owners = [], []
+    for name, parts_times in times.items():
+        run, all_times = runs[name], np.unique(np.concatenate(parts_times))
+        deciding = returns.day_before(all_times)
+        for number in np.unique(deciding):
+            day = day_of_us(int(number) * US_PER_DAY)
+            if day in run.books:
+                mine = all_times[deciding == number]
+                tasks.append((run.job(request, day), run.books[day], run.carries.get(day), mine))
+                owners.append(name)
+    made = stages.make("mids", days.mids_artefact, days.mids_day, tasks)
+    for _, part in pairs:
+        part.mids = [mids for name, mids in zip(owners, made, strict=True) if name == part.symbol]
+
+
+def part_tables(part: Part, fitted: bool) -> dict[str, pd.DataFrame]:
+    """Result tables of a part by name; `windows` too where its walk-forward was fitted here."""
+    store, previous = Store(part.store), None
+    centroids, flows, markouts, fits = [], [], [], []
+    for window in part.fitted:
+        model, labelled = part.models[window.id], part.labelled.get(window.id, [])
+        flows.append(_window_flow(part, window, labelled, store))
+        markouts += [day.markouts(store) for day in labelled]
+        table = _centroids(model, previous, labelled, part.config)
+        centroids.append(table.assign(symbol=part.symbol, window_id=np.int32(window.id)))
+        fits.append({"symbol": part.symbol, "window_id": np.int32(window.id)} | _fit_row(model, window))
+        previous = model
+    buckets = pd.concat(flows, ignore_index=True)
+    starts = np.unique(buckets["bucket_ts"].to_numpy())
+    mids = days.read_mids(store, part.mids)
+    ahead = returns.return_columns(starts, mids, part.config.bucket, part.config.horizons)
+    tables = {
+        "centroids": _front(pd.concat(centroids, ignore_index=True), ["symbol", "window_id"]),
+        "buckets": _front(buckets.merge(ahead, on="bucket_ts", how="left"), ["symbol", "window_id"]),
+    }
+    tables["markouts"] = _markouts(part.config, markouts, tables["centroids"])
+    if part.config.train_days is not None and fitted:
         tables["windows"] = _front(pd.DataFrame(fits), ["symbol", "window_id"])
     return tables
 
@@ -180,116 +395,20 @@ def _front(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     return table[[*names, *(name for name in table.columns if name not in names)]]
 
 
-def _make_features(run: ClusterRun, request: ClusterRequest, workers: Workers) -> None:
-    tasks = [(run.job(request, day), run.books[day], run.states[day]) for day in run.wanted]
-    run.has_read("trades", run.wanted)
-    made = workers.map("features", days.make_features, tasks)
-    run.features = {day.day: day for day in made}
-
-
-def _window_model(run: ClusterRun, request: ClusterRequest, window: Window, workers: Workers) -> Model | None:
-    """The model that labels a window: the given one, or one fitted on its training days; None where a
-    walk-forward window has fewer training rows than clusters.
-    """
-    config = request.config
-    if request.models is not None:
-        return request.models[run.name]
-    train = [
-        TrainDay(run.job(request, day), run.features[day], window.train_until)
-        for day in window.train
-        if day in run.features
-    ]
-    counts = workers.map("count", days.train_rows, train) if train else []
-    if sum(counts) < config.k:
-        if config.train_days is not None:
-            return None
-        found = sum(run.features[day].trades for day in run.features)
-        raise InputError(
-            f"k = {config.k}: {sum(counts)} of {found} trades of the training days have features; "
-            "use a shorter window, or see the drop counts with more days"
-        )
-    fit, bounds = _fit(train, sum(counts), config, workers)
-    return clustering.make_model(
-        fit,
-        config.margin,
-        bounds,
-        symbol=run.name,
-        exchange=request.exchange,
-        train_days=[str(day.features.day) for day in train],
-        features=config.model_dump(mode="json", include=set(FEATURE_KEYS)),
-        fitted=config.model_dump(mode="json", include=set(FIT_KEYS)),
-    )
-
-
-def _fit(train: list[TrainDay], total: int, config: ClusterConfig, workers: Workers) -> tuple[Fit, Bounds]:
-    """Bounds, starting centres from a seeded sample, and the fit on all `total` training rows."""
-    bounds = _bounds(train, config, workers)
-    samples = workers.map("sample", days.sample_day, [(day, total, config.seed) for day in train])
-    sample = bounds.clip(np.concatenate(samples, axis=1))
-    centres = clustering.starting_centres(sample, config.k, config.seed, config.n_init)
-    if config.engine == "sklearn":
-        merged = np.concatenate(workers.map("merge", days.all_rows, train), axis=1)
-        return clustering.fit_sklearn(bounds.clip(merged), centres), bounds
-
-    def one_pass(centroids: np.ndarray) -> Sequence[clustering.Partial]:
-        return workers.map("fit", days.lloyd_day, [(day, bounds, centroids) for day in train])
-
-    return clustering.lloyd(centres, one_pass), bounds
-
-
-def _bounds(train: list[TrainDay], config: ClusterConfig, workers: Workers) -> Bounds:
-    if config.winsorize is None:
-        return Bounds.none()
-    high = np.sum(workers.map("quantiles", days.high_counts_day, train), axis=0)
-
-    def low_pass(bins: np.ndarray) -> np.ndarray:
-        parts = workers.map("quantiles", days.low_counts_day, [(day, bins) for day in train])
-        return np.sum(parts, axis=0)
-
-    return clustering.winsor_bounds(config.winsorize, high, low_pass)
-
-
-def _label(
-    run: ClusterRun,
-    request: ClusterRequest,
-    window: Window,
-    directory: RunDirectory,
-    workers: Workers,
-) -> list[LabelledDay]:
-    config = request.config
-    folder = directory.work / "results" / "trade_features.parquet"
-    tasks = [
-        LabelJob(
-            job=run.job(request, day),
-            book=run.books[day],
-            next_book=run.books.get(next_day(day)),
-            state=run.states[day],
-            features=run.features[day],
-            model=run.models[-1],
-            trades_file=folder / f"{run.name}-{day}.parquet" if config.keep_trades else None,
-        )
-        for day in window.test
-        if day in run.features
-    ]
-    return workers.map("label", days.label_day, tasks)
-
-
-def _window_flow(
-    run: ClusterRun, request: ClusterRequest, window: Window, labelled: list[LabelledDay]
-) -> pd.DataFrame:
+def _window_flow(part: Part, window: Window, labelled: Sequence[LabelledDay], store: Store) -> pd.DataFrame:
     """Every bucket of a window's test days; null flow on days that the lake does not have."""
-    config, numbers = request.config, run.models[-1].numbers
-    flows = {day.day: day.flow for day in labelled}
+    numbers = part.models[window.id].numbers
+    flows = {day.day: day.flow(store) for day in labelled}
     for day in window.test:
         if day not in flows:
             start = day_start_us(day)
-            flows[day] = bars.empty_flow_table(start=start, width=config.bucket, numbers=numbers)
+            flows[day] = bars.empty_flow_table(start=start, width=part.config.bucket, numbers=numbers)
     table = pd.concat([flows[day] for day in window.test], ignore_index=True)
-    return table.assign(symbol=run.name, window_id=np.int32(window.id))
+    return table.assign(symbol=part.symbol, window_id=np.int32(window.id))
 
 
 def _centroids(
-    model: Model, previous: Model | None, labelled: list[LabelledDay], request: ClusterRequest
+    model: Model, previous: Model | None, labelled: Sequence[LabelledDay], config: ClusterConfig
 ) -> pd.DataFrame:
     """Clusters of the labelled days: counts, shares, means, names under both side conventions."""
     k = len(model.numbers)
@@ -311,7 +430,7 @@ def _centroids(
     )
     table[list(Z_FEATURES)] = z_sums / some
     table[list(FEATURES)] = raw_sums / some
-    table["interpretation"] = clustering.interpret(model.centroids, request.config.same_side)
+    table["interpretation"] = clustering.interpret(model.centroids, config.same_side)
     tracked = clustering.track(model, previous)
     return table.merge(tracked, on="cluster", validate="one_to_one")
 
@@ -327,34 +446,20 @@ def _fit_row(model: Model, window: Window) -> dict[str, Any]:
     return ends | {"n_train": how["rows"], "inertia": how["inertia"], "iterations": how["passes"]}
 
 
-def _returns(
-    run: ClusterRun, request: ClusterRequest, buckets: pd.DataFrame, workers: Workers
-) -> pd.DataFrame:
-    """Returns of every bucket, from mids asked of the days that decide them."""
-    config = request.config
-    starts = np.unique(buckets["bucket_ts"].to_numpy())
-    times = returns.bucket_times(starts, config.bucket, config.horizons)
-    deciding = returns.day_before(times)
-    tasks, asked = [], []
-    for number in np.unique(deciding):
-        day = day_of_us(int(number) * US_PER_DAY)
-        if day in run.books:
-            asked.append(times[deciding == number])
-            tasks.append((run.job(request, day), run.books[day], run.carries.get(day), asked[-1]))
-    mids = workers.map("returns", days.mids_day, tasks)
-    found = pd.Series(np.concatenate([*mids, []]), index=np.concatenate([*asked, []]).astype(np.int64))
-    return returns.return_columns(starts, found, config.bucket, config.horizons)
-
-
 def _evaluate(request: ClusterRequest, buckets: pd.DataFrame, centroids: pd.DataFrame) -> pd.DataFrame:
     """IC of every cluster's flow, and of all flow, against every target, corrected over the whole run."""
-    config = request.config
+    table = ic_of(request.config, buckets, centroids).assign(sample=_sample(request))
+    return _front(table, ["symbol", "sample", "cluster", "label"])
+
+
+def ic_of(config: ClusterConfig, buckets: pd.DataFrame, centroids: pd.DataFrame) -> pd.DataFrame:
+    """`evaluation.cluster_ic` with the clusters' names, corrected over the symbols of the table."""
     table = evaluation.cluster_ic(buckets, _targets(config), width_us=config.bucket, seed=config.seed)
     pooled = _pooled(centroids).drop(columns="label_other")
     table = table.merge(pooled, on=["symbol", "cluster"], how="left").fillna({"label": "all"})
     # Beyond the named roles a number may stand for other trades in every window.
     table.loc[table.pop("mixed").eq(True), "verdict"] = "mixed"
-    return _front(table.assign(sample=_sample(request)), ["symbol", "sample", "cluster", "label"])
+    return table
 
 
 def _pooled(centroids: pd.DataFrame) -> pd.DataFrame:
@@ -386,8 +491,8 @@ def _targets(config: ClusterConfig) -> list[evaluation.Target]:
     ]
 
 
-def _markouts(request: ClusterRequest, tables: list[pd.DataFrame], centroids: pd.DataFrame) -> pd.DataFrame:
-    table = evaluation.markout_table(pd.concat(tables, ignore_index=True), width_us=request.config.bucket)
+def _markouts(config: ClusterConfig, tables: list[pd.DataFrame], centroids: pd.DataFrame) -> pd.DataFrame:
+    table = evaluation.markout_table(pd.concat(tables, ignore_index=True), width_us=config.bucket)
     names = _pooled(centroids).drop(columns="mixed")
     names = names.astype({"cluster": table["cluster"].dtype})
     return _front(table.merge(names, on="cluster", how="left"), ["symbol", "cluster", "label", "label_other"])
@@ -401,32 +506,34 @@ def _sample(request: ClusterRequest) -> str:
     return "in_sample" if max(known, default=date.min) >= request.start else "out_of_sample"
 
 
-def _row_counts(run: ClusterRun) -> dict[str, Any]:
+def _row_counts(run: ClusterRun, part: Part) -> dict[str, Any]:
     made = [run.features[day] for day in run.wanted]
     books = [run.books[day] for day in run.wanted]
 
     return {
         "trades": sum(day.trades for day in made),
         "kept": sum(day.kept for day in made),
-        "labelled": run.labelled,
+        "labelled": sum(int(day.counts.sum()) for days_ in part.labelled.values() for day in days_),
         "dropped": added([day.dropped for day in made]),
         "book_rows": sum(book.rows for book in books) + sum(sum(book.skipped.values()) for book in books),
         "book_skipped": added([book.skipped for book in books]),
-        "reused_artefacts": sum(day.reused for day in made) + sum(book.reused for book in books),
     }
 
 
-def _notes(request: ClusterRequest, runs: Sequence[ClusterRun]) -> list[str]:
+def _notes(request: ClusterRequest, runs: Sequence[ClusterRun], parts: Sequence[Part], bad: Bad) -> list[str]:
     config = request.config
-    notes = missing_notes(runs)
-    for run in runs:
-        slow = [str(i) for i, model in enumerate(run.models) if not model.fit.get("converged", True)]
+    notes = missing_notes(runs, bad)
+    for part in parts:
+        slow = [str(n) for n, model in part.models.items() if not model.fit.get("converged", True)]
         if slow:
-            notes.append(f"{run.name}: the fit of window {', '.join(slow)} stopped before it converged")
-        for window in run.unfitted:
-            days_ = f"{window.test[0]} to {window.test[-1]}"
-            notes.append(f"{run.name}: too few trades to fit window {window.id}; {days_} is not tested")
-    tested = {day for window in windows(request) for day in window.test}
+            notes.append(f"{part.symbol}: the fit of window {', '.join(slow)} stopped before it converged")
+        for window in part.windows:
+            if window.id not in part.models:
+                days_ = f"{window.test[0]} to {window.test[-1]}"
+                notes.append(
+                    f"{part.symbol}: too few trades to fit window {window.id}; {days_} is not tested"
+                )
+    tested = {day for window in windows(request, config) for day in window.test}
     left = [day for day in request.days if day not in tested]
     if config.train_days is not None and request.models is None:
         left = left[config.train_days :]
@@ -457,10 +564,14 @@ def label(request: ClusterRequest, workers: Workers) -> Path:
 
     Raises InputError naming the symbol without a model, or the field in which the two differ.
     """
-    runs = check_request(request)
+    return execute(labelling_request(request), LABEL, workers)
+
+
+def labelling_request(request: ClusterRequest) -> ClusterRequest:
+    """The request with the models of its symbols alone and with their settings of the fit."""
     models = {name: _model_for(request, name) for name in request.symbols}
     settled = request.config.model_copy(update=_fitted_settings(request, list(models.values())))
-    return _run(replace(request, models=models, config=settled), runs, workers)
+    return replace(request, models=models, config=settled)
 
 
 def _model_for(request: ClusterRequest, name: str) -> Model:

@@ -1,10 +1,15 @@
-"""Taker flow: size thresholds, bars, controls, targets, evaluation."""
+"""Taker flow: size thresholds, bars, controls, targets, evaluation.
+
+A run has one config, a sweep has many that differ in thresholds and targets: the thresholds of all come
+from one pass over the reduced trades, and books and tickers are asked once for all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +20,36 @@ from clusterlob_gpu import controls, evaluation, flow_bars, flow_days, flow_eval
 from clusterlob_gpu.config import FlowConfig
 from clusterlob_gpu.days import BookDay, next_day, previous_day
 from clusterlob_gpu.errors import LakeError
-from clusterlob_gpu.flow_days import BarJob, TradeDay
+from clusterlob_gpu.files import Location
+from clusterlob_gpu.flow_days import BarDay, BarJob, StateDay, TradeDay
 from clusterlob_gpu.lake.layout import day_of_us, day_start_us
-from clusterlob_gpu.lake.native import days_between, open_symbol
+from clusterlob_gpu.lake.native import days_between
 from clusterlob_gpu.pipeline.carry import carry_books, reduce_books
 from clusterlob_gpu.pipeline.run import (
-    Clock,
+    Bad,
     Outcome,
     RunRequest,
     SymbolRun,
+    Work,
     added,
     check_range,
     execute,
     fingerprint,
     missing_notes,
+    open_lake,
 )
+from clusterlob_gpu.pipeline.stages import Stages
 from clusterlob_gpu.portfolio import Costs
 from clusterlob_gpu.schema import US_PER_DAY
-from clusterlob_gpu.store import RunDirectory
+from clusterlob_gpu.store import Store
 from clusterlob_gpu.workers import Workers
 
 FlowRequest = RunRequest[FlowConfig]
 
 _SIZED = (flow_evaluation.LARGE, flow_evaluation.SMALL)
+
+VARIANT_COLUMNS = (*_SIZED, "flow_share_large")
+"""Columns of the bars that every variant of the thresholds adds."""
 
 _LOOKBACK = timedelta(days=-(-controls.LOOKBACK_US // US_PER_DAY))
 """Whole days before the range that its controls look at."""
@@ -51,31 +63,138 @@ class FlowRun(SymbolRun):
     """Reduced days by unit."""
 
 
-def run_flow(request: FlowRequest, workers: Workers) -> Path:
-    """Run the whole experiment and return the output directory."""
-    runs = [FlowRun(run.lake, run.wanted, run.missing) for run in check_range(request)]
+@dataclass(frozen=True)
+class FlowPart:
+    """One symbol under one config: what its bars are made of, and where it is."""
 
-    def compute(_: RunDirectory, clock: Clock) -> Outcome:
-        markets = _markets(request, workers, clock)
-        mids = {name: series for name, (_, series) in markets.items()}
-        bars = pd.concat([_bars(run, request, mids, workers, clock) for run in runs], ignore_index=True)
-        with clock.stage("evaluate"):
-            tables = flow_evaluation.flow_tables(bars, _plan(request.config))
+    symbol: str
+    config: FlowConfig
+    store: Location
+    days: tuple[date, ...]
+    """Days of the range."""
+    price_unit: Fraction
+    bars: tuple[tuple[date, BarDay | None], ...]
+    """Bars of every day from the look-back on, None where the lake has no trades."""
+    setting: int
+    """Number of the config's thresholds among those of the bars."""
+    book: tuple[StateDay, ...]
+    ticker: tuple[StateDay, ...]
+    markets: Mapping[str, tuple[StateDay, ...]]
+    """Book states of the market symbols."""
+
+
+@dataclass(frozen=True)
+class FlowExperiment:
+    """`run flow`."""
+
+    name: str = "flow"
+
+    def check(self, request: FlowRequest, bad: Bad) -> list[FlowRun]:
+        """`check_range`."""
+        return check_flow(request, bad)
+
+    def compute(self, request: FlowRequest, runs: list[FlowRun], work: Work) -> Outcome:
+        """Every result of a checked request."""
+        (parts,), markets = prepare_flow(request, [request.config], runs, work)
+        plain = _trade_bars(runs, request, work.stages) if request.config.unit == "order" else {}
+        work.stages.end_of_plan()
+        with work.clock.stage("controls"):
+            bars = pd.concat([_with_variants(part) for part in parts], ignore_index=True)
+        with work.clock.stage("evaluate"):
+            tables = flow_evaluation.flow_tables(bars, flow_plan(request.config))
             if request.config.variants:
                 tables["variants"] = _variant_ics(bars, request.config)
         summary = {
             "sample": "out_of_sample",
             "rows": {run.name: _row_counts(run, request) for run in runs},
-            "large_set": _large_sets(bars, runs, request, workers),
-            "notes": _notes(request, runs, mids),
-            "markets": {name: fingerprint(run) for name, (run, _) in markets.items()},
+            "large_set": {run.name: _large_sets(bars, run, request, plain) for run in runs},
+            "notes": _notes(request, runs, markets, work.bad),
+            "markets": {name: fingerprint(run) for name, run in markets.items()},
         }
         return Outcome({"features": bars} | tables, summary, _headline(tables["ic"]))
 
-    return execute(request, "flow", runs, workers, compute)
+
+FLOW = FlowExperiment()
 
 
-def _plan(config: FlowConfig) -> flow_evaluation.FlowPlan:
+def run_flow(request: FlowRequest, workers: Workers) -> Path:
+    """Run the whole experiment and return the output directory."""
+    return execute(request, FLOW, workers)
+
+
+def check_flow(request: FlowRequest, bad: Bad) -> list[FlowRun]:
+    """The runs of a request."""
+    return [FlowRun(run.lake, run.wanted, run.missing) for run in check_range(request, bad)]
+
+
+def prepare_flow(
+    request: FlowRequest, configs: Sequence[FlowConfig], runs: Sequence[FlowRun], work: Work
+) -> tuple[list[list[FlowPart]], dict[str, SymbolRun]]:
+    """Every symbol under every config, up to its bars, and the market symbols that the lake has.
+
+    The configs may differ in thresholds, horizons, regressions and costs.
+    """
+    stages, clock = work.stages, work.clock
+    shared = replace(request, config=together(configs))
+    with clock.stage("book"):
+        markets = _market_runs(shared, work.bad)
+        market_days = _market_days(shared)
+        reduce_books([(run, market_days) for run in markets.values()], shared, stages)
+        last = _last_priced(shared)
+        wanted = days_between(previous_day(request.start - _LOOKBACK), last)
+        reduce_books([(run, wanted) for run in runs], shared, stages)
+        for run in (*markets.values(), *runs):
+            if run.books:
+                carry_books(run, min(run.books))
+    with clock.stage("trades"):
+        bars = _bar_days(runs, shared, shared.config.unit, stages)
+    with clock.stage("book"):
+        starts = np.arange(
+            day_start_us(request.start - _LOOKBACK),
+            day_start_us(next_day(bars[runs[0].name][-1][0])),
+            shared.config.bar,
+        )
+        prices = controls.price_times(starts, shared.config.bar, shared.config.horizons)
+        times = np.union1d(prices, controls.state_times(starts, shared.config.bar))
+        books = _book_states(runs, shared, times, stages)
+        tickers = _ticker_states(runs, shared, times, stages)
+        market_states = _book_states(list(markets.values()), shared, _market_times(shared), stages)
+    parts = [
+        [
+            FlowPart(
+                symbol=run.name,
+                config=config,
+                store=request.artefacts,
+                days=tuple(request.days),
+                price_unit=run.lake.symbol.price_unit,
+                bars=tuple(bars[run.name]),
+                setting=shared.config.settings.index(config.settings[0]),
+                book=tuple(books[run.name]),
+                ticker=tuple(tickers[run.name]),
+                markets={name: tuple(states) for name, states in market_states.items()},
+            )
+            for run in runs
+        ]
+        for config in configs
+    ]
+    return parts, markets
+
+
+def together(configs: Sequence[FlowConfig]) -> FlowConfig:
+    """One config with the thresholds of all as its settings, and all their horizons."""
+    settings = list(dict.fromkeys(setting for config in configs for setting in config.settings))
+    (window, *quantiles), *rest = settings
+    horizons = dict.fromkeys(horizon for config in configs for horizon in config.horizons)
+    update = {
+        "threshold_window": window,
+        "quantiles": tuple(quantiles),
+        "variants": tuple(rest),
+        "horizons": tuple(horizons),
+    }
+    return configs[0].model_copy(update=update)
+
+
+def flow_plan(config: FlowConfig) -> flow_evaluation.FlowPlan:
     return flow_evaluation.FlowPlan(
         width_us=config.bar,
         horizons_us=config.horizons,
@@ -98,7 +217,7 @@ def _variant_ics(bars: pd.DataFrame, config: FlowConfig) -> pd.DataFrame:
     signals = [evaluation.Signal(column, column, 1, total) for column in columns.values()]
     signals.append(evaluation.Signal(total, total))
     settings = dict(zip(columns.values(), columns, strict=True)) | {total: ("", total)}
-    plan, tables = _plan(config), []
+    plan, tables = flow_plan(config), []
     for symbol, panel in bars.groupby("symbol", sort=True):
         panel = panel.rename(columns={"bar_ts": "bucket_ts"})
         table = evaluation.ic_table(panel, signals, plan.targets, width_us=config.bar, seed=config.seed)
@@ -109,37 +228,53 @@ def _variant_ics(bars: pd.DataFrame, config: FlowConfig) -> pd.DataFrame:
     return evaluation.judge(pd.concat(tables, ignore_index=True))
 
 
-def _bars(
-    run: FlowRun,
-    request: FlowRequest,
-    markets: Mapping[str, pd.Series],
-    workers: Workers,
-    clock: Clock,
-) -> pd.DataFrame:
-    """Bars of the range with thresholds, rolled sums, targets and controls."""
-    config = request.config
-    with clock.stage("trades"):
-        table = _bar_table(run, request, config.unit, workers)
-    with clock.stage("book"):
-        _reduce_books(run, request, workers)
-        states = _states(run, request, table["bar_ts"].to_numpy(), workers)
-    with clock.stage("controls"):
-        mids = states["mid2"]
-        prices = mids if config.price == "mid" else controls.vwap_prices(table, config.bar)
-        starts = table["bar_ts"].to_numpy()
-        table = table.join(flow_bars.rolled_columns(table, width=config.bar))
-        known = controls.control_columns(table, prices, states, markets, width=config.bar)
-        ahead = controls.forward_returns(starts, prices, config.bar, config.horizons)
-        mid = mids.reindex(starts + config.bar).to_numpy() * float(run.lake.symbol.price_unit / 2)
-        table = pd.concat([table, ahead, known], axis=1).assign(mid=mid)
-    inside = table["bar_ts"] >= day_start_us(request.start)
-    inside &= table["bar_ts"] < day_start_us(next_day(request.end))
+def part_bars(part: FlowPart, setting: int | None = None) -> pd.DataFrame:
+    """Bars of the range with thresholds, rolled sums, targets and controls, under the part's setting."""
+    config, store = part.config, Store(part.store)
+    number = part.setting if setting is None else setting
+    table = pd.concat(
+        [_day_table(part, store, day, made, number) for day, made in part.bars], ignore_index=True
+    )
+    columns = ["mid2", *controls.BOOK_CONTROLS]
+    states = flow_days.read_states(store, part.book, columns)
+    ticker = flow_days.read_states(store, part.ticker, list(controls.TICKER_CONTROLS))
+    states = states.join(ticker, how="outer")
+    mids = states["mid2"]
+    markets = {
+        name: flow_days.read_states(store, held, columns)["mid2"] for name, held in part.markets.items()
+    }
+    prices = mids if config.price == "mid" else controls.vwap_prices(table, config.bar)
+    starts = table["bar_ts"].to_numpy()
+    table = table.join(flow_bars.rolled_columns(table, width=config.bar))
+    known = controls.control_columns(table, prices, states, markets, width=config.bar)
+    ahead = controls.forward_returns(starts, prices, config.bar, config.horizons)
+    mid = mids.reindex(starts + config.bar).to_numpy() * float(part.price_unit / 2)
+    table = pd.concat([table, ahead, known], axis=1).assign(mid=mid)
+    inside = table["bar_ts"] >= day_start_us(part.days[0])
+    inside &= table["bar_ts"] < day_start_us(next_day(part.days[-1]))
     table = table[inside].reset_index(drop=True)
-    table.insert(0, "symbol", run.name)
+    table.insert(0, "symbol", part.symbol)
     return table
 
 
-def _bar_table(run: FlowRun, request: FlowRequest, unit: str, workers: Workers) -> pd.DataFrame:
+def _day_table(part: FlowPart, store: Store, day: date, made: BarDay | None, setting: int) -> pd.DataFrame:
+    if made is None:
+        return flow_bars.empty_bar_table(start=day_start_us(day), width=part.config.bar)
+    return made.table(store, setting)
+
+
+def _with_variants(part: FlowPart) -> pd.DataFrame:
+    """The part's bars, and beside them the VARIANT_COLUMNS of its variants."""
+    table = part_bars(part)
+    for number, setting in enumerate(part.config.variants, start=1):
+        made = part_bars(part, number)[list(VARIANT_COLUMNS)]
+        table = table.join(made.add_suffix(f":{flow_days.variant_name(setting)}"))
+    return table
+
+
+def _bar_days(
+    runs: Sequence[FlowRun], request: FlowRequest, unit: str, stages: Stages
+) -> dict[str, list[tuple[date, BarDay | None]]]:
     """Bars from LOOKBACK_US before the range to as far as its targets reach; flow only where needed.
 
     Large and small flow is summed over three hours, so the day before the range has it too.
@@ -150,24 +285,26 @@ def _bar_table(run: FlowRun, request: FlowRequest, unit: str, workers: Workers) 
     sized_from = day_of_us(day_start_us(first) - longest)
     last = _last_priced(request) if config.price == "vwap" else request.end
     asked = days_between(min(earliest, sized_from), last)
-    held = [day for day in asked if run.lake.has("trades", day)]
-    tasks = [(run.job(request, day), unit) for day in held]
-    run.has_read("trades", held)
-    made = workers.map("trades", flow_days.reduce_trades, tasks)
-    trades = run.trades[unit] = {day.day: day for day in made}
+    held = [(run, day) for run in runs for day in run.held("trades", asked)]
+    tasks = [(run.job(request, day), unit) for run, day in held]
+    made = stages.make("trades", flow_days.trade_artefact, flow_days.reduce_trades, tasks)
+    for run in runs:
+        run.trades[unit] = {}
+    for (run, day), reduced in zip(held, made, strict=True):
+        run.trades[unit][day] = reduced
     jobs = []
-    for day in held:
+    for run, day in held:
         if day >= earliest:
+            trades = run.trades[unit]
             touched = days_between(day_of_us(day_start_us(day) - longest), day)
             near = {d: trades[d] for d in touched if d in trades}
             sized = first <= day <= request.end
-            jobs.append(BarJob(run.job(request, day), near if sized else {day: trades[day]}, sized))
-    made_bars = workers.map("bars", flow_days.bars_of_day, jobs)
-    tables = {job.job.day: table for job, table in zip(jobs, made_bars, strict=True)}
-    for day in days_between(earliest, last):
-        if day not in tables:
-            tables[day] = flow_bars.empty_bar_table(start=day_start_us(day), width=config.bar)
-    return pd.concat([tables[day] for day in sorted(tables)], ignore_index=True)
+            jobs.append((run, BarJob(run.job(request, day), near if sized else {day: trades[day]}, sized)))
+    bars = stages.make("bars", BarJob.artefact, flow_days.bars_of_day, [job for _, job in jobs])
+    of_day = {(run.name, day.day): day for (run, _), day in zip(jobs, bars, strict=True)}
+    return {
+        run.name: [(day, of_day.get((run.name, day))) for day in days_between(earliest, last)] for run in runs
+    }
 
 
 def _last_priced(request: FlowRequest) -> date:
@@ -175,45 +312,43 @@ def _last_priced(request: FlowRequest) -> date:
     return day_of_us(day_start_us(next_day(request.end)) + max(request.config.horizons))
 
 
-def _reduce_books(run: SymbolRun, request: FlowRequest, workers: Workers) -> None:
-    """Reduce the books that controls and targets look at, and carry the state over midnights."""
-    first = previous_day(request.start - _LOOKBACK)
-    reduce_books(run, request, days_between(first, _last_priced(request)), "book", workers)
-    if run.books:
-        carry_books(run, min(run.books))
-
-
-def _states(run: SymbolRun, request: FlowRequest, starts: np.ndarray, workers: Workers) -> pd.DataFrame:
-    """Book and ticker states by time, at every time at which bars need a price or a state."""
-    config = request.config
-    prices = controls.price_times(starts, config.bar, config.horizons)
-    times = np.union1d(prices, controls.state_times(starts, config.bar))
-    return _book_states(run, request, times, workers).join(_ticker_states(run, request, times, workers))
-
-
-def _book_states(run: SymbolRun, request: FlowRequest, times: np.ndarray, workers: Workers) -> pd.DataFrame:
-    tasks = [
-        (run.job(request, day), run.books[day], run.carries.get(day), mine)
+def _book_states(
+    runs: Sequence[SymbolRun], request: FlowRequest, times: np.ndarray, stages: Stages
+) -> dict[str, list[StateDay]]:
+    """States of the book at sorted times (us), by symbol."""
+    asked = [
+        (run, (run.job(request, day), run.books[day], run.carries.get(day), mine))
+        for run in runs
         for day, mine in _by_deciding_day(times)
         if day in run.books
     ]
-    parts = workers.map("states", flow_days.book_states, tasks)
-    columns = ["mid2", *controls.BOOK_CONTROLS]
-    table = pd.concat(parts) if parts else pd.DataFrame(columns=columns, dtype=np.float64)
-    return table.reindex(times)
+    tasks = [task for _, task in asked]
+    made = stages.make("states", flow_days.book_state_artefact, flow_days.book_states, tasks)
+    return _by_symbol(runs, [run for run, _ in asked], made)
 
 
-def _ticker_states(run: SymbolRun, request: FlowRequest, times: np.ndarray, workers: Workers) -> pd.DataFrame:
-    table = "derivative_ticker"
-    tasks = [
-        (run.job(request, day), mine) for day, mine in _by_deciding_day(times) if run.lake.has(table, day)
-    ]
-    for job, _ in tasks:
-        run.has_read(table, [d for d in (previous_day(job.day), job.day) if run.lake.has(table, d)])
-    parts = workers.map("states", flow_days.ticker_states, tasks)
-    names = list(controls.TICKER_CONTROLS)
-    states = pd.concat(parts) if parts else pd.DataFrame(columns=names, dtype=np.float64)
-    return states.reindex(times)
+def _ticker_states(
+    runs: Sequence[FlowRun], request: FlowRequest, times: np.ndarray, stages: Stages
+) -> dict[str, list[StateDay]]:
+    table, asked = "derivative_ticker", []
+    for run in runs:
+        deciding = dict(_by_deciding_day(times))
+        run.held(table, [d for day in deciding for d in (previous_day(day), day)])
+        for day in run.held(table, list(deciding)):
+            asked.append((run, (run.job(request, day), deciding[day])))
+    tasks = [task for _, task in asked]
+    name, function = flow_days.ticker_state_artefact, flow_days.ticker_states
+    made = stages.make("ticker", name, function, tasks, table)
+    return _by_symbol(runs, [run for run, _ in asked], made)
+
+
+def _by_symbol(
+    runs: Sequence[SymbolRun], owners: Sequence[SymbolRun], made: Sequence[StateDay]
+) -> dict[str, list[StateDay]]:
+    found: dict[str, list[StateDay]] = {run.name: [] for run in runs}
+    for run, day in zip(owners, made, strict=True):
+        found[run.name].append(day)
+    return found
 
 
 def _by_deciding_day(times: np.ndarray) -> list[tuple[date, np.ndarray]]:
@@ -222,29 +357,28 @@ def _by_deciding_day(times: np.ndarray) -> list[tuple[date, np.ndarray]]:
     return [(day_of_us(int(n) * US_PER_DAY), times[deciding == n]) for n in np.unique(deciding)]
 
 
-def _markets(request: FlowRequest, workers: Workers, clock: Clock) -> dict[str, tuple[SymbolRun, pd.Series]]:
-    """The market symbols that the lake has, and their mids by time."""
+def _market_runs(request: FlowRequest, bad: Bad) -> dict[str, SymbolRun]:
+    """The market symbols that the lake has."""
     found = {}
-    start, stop = day_start_us(request.start), day_start_us(next_day(request.end))
-    starts = np.arange(start, stop, request.config.bar, dtype=np.int64)
-    times = controls.price_times(starts, request.config.bar, ())
-    # One day more than the times ask for: the book that stood at the first midnight.
-    days_ = days_between(previous_day(day_of_us(int(times[0]) - 1)), request.end)
     for name in request.config.markets:
         try:
-            run = _market_run(request, name)
+            found[name] = SymbolRun(open_lake(request, name, bad), [], [])
         except LakeError:
             continue
-        with clock.stage("book"):
-            reduce_books(run, request, days_, "book", workers)
-            if run.books:
-                carry_books(run, min(run.books))
-            found[name] = (run, _book_states(run, request, times, workers)["mid2"])
     return found
 
 
-def _market_run(request: FlowRequest, name: str) -> SymbolRun:
-    return SymbolRun(open_symbol(request.lake, request.exchange, name), [], [])
+def _market_times(request: FlowRequest) -> np.ndarray:
+    """Times (us) at which the past returns of the market symbols need a price."""
+    start, stop = day_start_us(request.start), day_start_us(next_day(request.end))
+    starts = np.arange(start, stop, request.config.bar, dtype=np.int64)
+    return controls.price_times(starts, request.config.bar, ())
+
+
+def _market_days(request: FlowRequest) -> list[date]:
+    """Days whose books the market symbols need: the one that stood at the first midnight as well."""
+    first = day_of_us(int(_market_times(request)[0]) - 1)
+    return days_between(previous_day(first), request.end)
 
 
 def _row_counts(run: FlowRun, request: FlowRequest) -> dict[str, Any]:
@@ -260,29 +394,37 @@ def _row_counts(run: FlowRun, request: FlowRequest) -> dict[str, Any]:
         "orders": sum(day.takers for day in made),
         "book_rows": sum(book.rows + sum(book.skipped.values()) for book in books),
         "book_skipped": added([book.skipped for book in books]) if books else {},
-        "reused_artefacts": sum(day.reused for day in made) + sum(book.reused for book in books),
+    }
+
+
+def _trade_bars(runs: Sequence[FlowRun], request: FlowRequest, stages: Stages) -> dict[str, pd.DataFrame]:
+    """Bars of trades as given, by symbol, beside those of rebuilt orders."""
+    held = _bar_days(runs, request, "trade", stages)
+    return {
+        name: pd.concat([made.table(stages.store, 0) for _, made in days_ if made], ignore_index=True)
+        for name, days_ in held.items()
     }
 
 
 def _large_sets(
-    bars: pd.DataFrame, runs: Sequence[FlowRun], request: FlowRequest, workers: Workers
-) -> dict[str, dict[str, dict[str, float]]]:
+    bars: pd.DataFrame, run: FlowRun, request: FlowRequest, plain: Mapping[str, pd.DataFrame]
+) -> dict[str, dict[str, float]]:
     """What is large under the run's unit; with unit = order, beside the same for trades as given."""
     config = request.config
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for run in runs:
-        mine = bars[bars["symbol"] == run.name]
-        found[run.name] = {config.unit: flow_bars.large_set(mine)}
-        if config.unit == "order":
-            plain = _bar_table(run, request, "trade", workers)
-            both = mine[mine["large_count"].notna()].merge(plain[plain["large_count"].notna()], on="bar_ts")
-            for unit, table in ((config.unit, mine), ("trade", plain)):
-                found[run.name][unit] = flow_bars.large_set(table[table["bar_ts"].isin(both["bar_ts"])])
+    mine = bars[bars["symbol"] == run.name]
+    found = {config.unit: flow_bars.large_set(mine)}
+    if run.name in plain:
+        other = plain[run.name]
+        both = mine[mine["large_count"].notna()].merge(other[other["large_count"].notna()], on="bar_ts")
+        for unit, table in ((config.unit, mine), ("trade", other)):
+            found[unit] = flow_bars.large_set(table[table["bar_ts"].isin(both["bar_ts"])])
     return found
 
 
-def _notes(request: FlowRequest, runs: Sequence[FlowRun], markets: Mapping[str, pd.Series]) -> list[str]:
-    notes = missing_notes(runs)
+def _notes(
+    request: FlowRequest, runs: Sequence[FlowRun], markets: Mapping[str, SymbolRun], bad: Bad
+) -> list[str]:
+    notes = missing_notes(runs, bad)
     absent = [name for name in request.config.markets if name not in markets]
     if absent:
         notes.append(f"the lake has no {', '.join(absent)} of {request.exchange}: no such market control")

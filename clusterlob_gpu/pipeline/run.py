@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, Protocol, TypeVar
 
 import pandas as pd
 
@@ -24,29 +23,38 @@ from clusterlob_gpu.clustering import Model
 from clusterlob_gpu.config import Config, RunConfig, config_hash
 from clusterlob_gpu.context import BookCarry
 from clusterlob_gpu.days import BookDay, DayJob
-from clusterlob_gpu.errors import InputError, LakeError
+from clusterlob_gpu.errors import ClusterlobError, InputError, LakeError
+from clusterlob_gpu.files import Location
 from clusterlob_gpu.lake.native import SymbolLake, days_between, open_symbol
-from clusterlob_gpu.store import RunDirectory, append_ledger
+from clusterlob_gpu.output import RunDirectory, append_ledger, read_seen
+from clusterlob_gpu.pipeline.stages import BadDaysError, Partition, Stages, blaming_lake
+from clusterlob_gpu.store import Store
+from clusterlob_gpu.versions import code_version, library_versions
 from clusterlob_gpu.workers import Workers
+
+Bad = dict[str, dict[Partition, ClusterlobError]]
+"""Days that are left out, by symbol, and what is wrong with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest(Generic[Config]):
     """What the user asked for."""
 
-    lake: Path
+    lake: Path | Location
     exchange: str
     symbols: tuple[str, ...]
     start: date
     end: date
     out: Path
     config: Config
-    store: Path | None = None
+    store: Path | Location | None = None
     backend: str = "cpu"
     models: Mapping[str, Model] | None = None
     """Models by symbol that label the days; None fits them."""
     published: dict[str, Any] | None = None
     pictures: bool = True
+    keep_current: bool = False
+    """Leave a finished run as it is whose request, code and lake are still the same."""
 
     @property
     def days(self) -> list[date]:
@@ -54,9 +62,9 @@ class RunRequest(Generic[Config]):
         return days_between(self.start, self.end)
 
     @property
-    def artefacts(self) -> Path:
-        """Folder of the day artefacts."""
-        return self.store or self.out.absolute().parent / "store"
+    def artefacts(self) -> Location:
+        """Where the day artefacts are."""
+        return Location.of(self.store or self.out.absolute().parent / "store")
 
     @property
     def hash(self) -> str:
@@ -75,20 +83,21 @@ class SymbolRun:
     wanted: list[date]
     """Days of the range on which the lake has trades and book."""
     missing: list[date]
+    """Days of the range on which it has not."""
     books: dict[date, BookDay] = field(default_factory=dict)
     carries: dict[date, BookCarry | None] = field(default_factory=dict)
     """Book state at the start of each day."""
-    read: dict[str, set[date]] = field(default_factory=dict)
-    """Days that the run has read, by table."""
 
     @property
     def name(self) -> str:
         """Name of the instrument."""
         return self.lake.symbol.name
 
-    def has_read(self, table: str, days_: Iterable[date]) -> None:
-        """Take note of days that were read."""
-        self.read.setdefault(table, set()).update(days_)
+    def held(self, table: str, days_: Sequence[date]) -> list[date]:
+        """Days of `days_` on which the lake has rows of the table; BadDaysError where a file is broken."""
+        with blaming_lake(self.name):
+            self.lake.look(table, days_)
+            return [day for day in days_ if self.lake.has(table, day)]
 
     def job(self, request: RunRequest[Config], day: date) -> DayJob[Config]:
         """What the tasks of a day need to know."""
@@ -127,68 +136,164 @@ class Outcome:
     headline: dict[str, float | None]
 
 
-def check_range(request: RunRequest[RunConfig]) -> list[SymbolRun]:
-    """The symbols and days of a request, checked against the lake.
+@dataclass(frozen=True)
+class Work:
+    """What a computation works with besides its request."""
 
-    Raises LakeError naming the first day without trades or book (unless on_bad_day is skip) and
-    InputError where the range is empty or the output cannot be written.
+    stages: Stages
+    clock: Clock
+    folder: Path | None
+    """Where large results are written by the workers themselves; None where nothing may be written."""
+    bad: Bad
+
+
+Run = TypeVar("Run", bound=SymbolRun)
+
+
+class Experiment(Protocol[Run]):
+    """One kind of run: how a request is checked, and what is computed."""
+
+    name: str
+
+    def check(self, request: RunRequest[Any], bad: Bad) -> list[Run]:
+        """The symbols and days of the request; raises InputError where it cannot be met."""
+        ...
+
+    def compute(self, request: RunRequest[Any], runs: list[Run], work: Work) -> Outcome:
+        """Every result of the checked request."""
+        ...
+
+
+def check_range(request: RunRequest[RunConfig], bad: Bad) -> list[SymbolRun]:
+    """The symbols and days of a request, checked against the lake without its bad days.
+
+    Raises LakeError naming the first day without trades or book (unless on_bad_day is skip), BadDaysError
+    where a file is broken, and InputError where the range is empty or the output cannot be written.
     """
-    RunDirectory(request.out)
+    RunDirectory(request.out, request.hash)
     if request.end < request.start:
         raise InputError(f"--end {request.end} lies before --start {request.start}")
     repeated = [name for name in request.symbols if request.symbols.count(name) > 1]
     if repeated:
         raise InputError(f"--symbol {repeated[0]}: given twice")
-    return [_check_symbol(request, name) for name in request.symbols]
+    return [_check_symbol(request, name, bad) for name in request.symbols]
 
 
-def _check_symbol(request: RunRequest[RunConfig], name: str) -> SymbolRun:
-    lake = open_symbol(request.lake, request.exchange, name)
+def open_lake(request: RunRequest[RunConfig], name: str, bad: Bad) -> SymbolLake:
+    """A symbol of the lake, without its bad days."""
+    return open_symbol(request.lake, request.exchange, name).leaving_out(bad.get(name, {}))
+
+
+def _check_symbol(request: RunRequest[RunConfig], name: str, bad: Bad) -> SymbolRun:
+    lake = open_lake(request, name, bad)
     tables = ("trades", request.config.book)
-    gaps = {day: [table for table in tables if not lake.has(table, day)] for day in request.days}
+    run = SymbolRun(lake, [], [])
+    held = {table: set(run.held(table, request.days)) for table in tables}
+    gaps = {day: [table for table in tables if day not in held[table]] for day in request.days}
     missing = [day for day in request.days if gaps[day]]
     wanted = [day for day in request.days if not gaps[day]]
     if missing and request.config.on_bad_day == "fail":
         raise LakeError(lake.absent(gaps[missing[0]][0], missing[0]))
     if not wanted:
         raise LakeError(f"{lake.absent(gaps[missing[0]][0], missing[0])}; no day of the range is left")
-    return SymbolRun(lake, wanted, missing)
+    return replace(run, wanted=wanted, missing=missing)
 
 
-def execute(
-    request: RunRequest[RunConfig],
-    experiment: str,
-    runs: Sequence[SymbolRun],
-    workers: Workers,
-    compute: Callable[[RunDirectory, Clock], Outcome],
-) -> Path:
-    """Compute, write, draw and publish a run, and add it to the ledger; gives the output folder."""
+Answer = TypeVar("Answer")
+
+
+def without_bad_days(
+    request: RunRequest[RunConfig], attempt: Callable[[Bad], Answer], bad: Bad | None = None
+) -> Answer:
+    """`attempt` with the days that turned out bad left out, until it succeeds; on_bad_day: fail raises."""
+    bad = {} if bad is None else bad
+    while True:
+        try:
+            return attempt(bad)
+        except BadDaysError as found:
+            if request.config.on_bad_day == "fail":
+                raise
+            for symbol, days in found.days.items():
+                bad.setdefault(symbol, {}).update(days)
+
+
+def execute(request: RunRequest[RunConfig], experiment: Experiment[Any], workers: Workers) -> Path:
+    """Check, compute, write, draw and publish a run, and add it to the ledger; gives the output folder."""
+    bad: Bad = {}
+    without_bad_days(request, lambda bad: experiment.check(request, bad), bad)
+    if request.keep_current and _is_current(request):
+        return request.out
+    store = Store(request.artefacts)
+    store.check_writable()
     clock = Clock()
-    try:
-        with RunDirectory(request.out) as directory:
-            outcome = compute(directory, clock)
+    with RunDirectory(request.out, request.hash) as directory, watching(workers, directory):
+        try:
+
+            def attempt(bad: Bad) -> tuple[list[SymbolRun], Work, Outcome]:
+                runs = experiment.check(request, bad)
+                work = Work(Stages(workers, store), clock, directory.work / "results", bad)
+                return runs, work, experiment.compute(request, runs, work)
+
+            runs, work, outcome = without_bad_days(request, attempt, bad)
             for name, table in outcome.tables.items():
                 directory.write_table(name, table)
-            summary = _summary(request, experiment, runs, workers, clock) | outcome.summary
+            summary = _summary(request, experiment.name, runs, workers, work) | outcome.summary
             directory.write_run(summary)
             if request.pictures:
                 with clock.stage("report"):
                     report.render_run(directory.work)
             directory.write_run(summary | {"timings": clock.stages, "seconds": clock.seconds})
-            directory.publish()
-    except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        with suppress(OSError):  # a full disk must not hide what went wrong first
-            problem = f"{type(error).__name__}: {error}"
-            _record(request, experiment, clock, {"status": status, "error": problem})
-        raise
-    rows = {name: counts["kept"] for name, counts in outcome.summary["rows"].items()}
-    _record(request, experiment, clock, {"status": "done", "headline": outcome.headline, "rows": rows})
+            directory.write_seen(_seen(runs))
+            rows = {name: counts["kept"] for name, counts in outcome.summary["rows"].items()}
+            end = {"status": "done", "headline": outcome.headline, "rows": rows}
+            directory.publish([_ledger_line(request, experiment.name, directory, clock, end)])
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            end = {"status": status, "error": f"{type(error).__name__}: {error}"}
+            with suppress(OSError):  # a full disk must not hide what went wrong first
+                line = _ledger_line(request, experiment.name, directory, clock, end)
+                append_ledger(directory.out.parent, [line])
+            raise
     return request.out
 
 
+@contextmanager
+def watching(workers: Workers, directory: RunDirectory) -> Iterator[None]:
+    """Note the progress of the workers in the run's folder too, where `clusterlob info` finds it."""
+    told = workers.progress
+
+    def tell(stage: str, done: int, of: int) -> None:
+        told(stage, done, of)
+        directory.progress(stage, done, of)
+
+    workers.progress = tell
+    try:
+        yield
+    finally:
+        workers.progress = told
+
+
+def _seen(runs: Sequence[SymbolRun]) -> dict[str, Any]:
+    return {"code": code_version(), "lake": {run.name: run.lake.seen() for run in runs}}
+
+
+def _is_current(request: RunRequest[RunConfig]) -> bool:
+    """Whether the output folder holds this run, made by this code of a lake that is still the same."""
+    held = read_seen(request.out, request.hash)
+    if held is None or held["code"] != code_version():
+        return False
+    for symbol, partitions in held["lake"].items():
+        lake = open_symbol(request.lake, request.exchange, symbol)
+        for key in partitions:
+            table, day = key.split(" ")
+            lake.look(table, [date.fromisoformat(day)])
+        if lake.seen() != partitions:
+            return False
+    return True
+
+
 def _summary(
-    request: RunRequest[RunConfig], experiment: str, runs: Sequence[SymbolRun], workers: Workers, clock: Clock
+    request: RunRequest[RunConfig], experiment: str, runs: Sequence[SymbolRun], workers: Workers, work: Work
 ) -> dict[str, Any]:
     """Content of run.json that every experiment has."""
     return {
@@ -201,7 +306,7 @@ def _summary(
         "days": len(request.days),
         "config": request.config.resolved(),
         "config_hash": request.hash,
-        "versions": _versions(),
+        "versions": {"clusterlob_gpu": __version__} | library_versions(),
         "backend": request.backend,
         "workers": workers.name,
         "machine": {"cores": os.cpu_count(), "system": platform.system(), "machine": platform.machine()},
@@ -209,32 +314,39 @@ def _summary(
             "path": str(request.lake),
             "fingerprint": {run.name: fingerprint(run) for run in runs},
         },
-        "timings": clock.stages,
-        "seconds": clock.seconds,
-        "started_at": clock.started_at.isoformat(timespec="seconds"),
+        "store": str(request.artefacts),
+        "artefacts": {name: tally.as_record() for name, tally in work.stages.tallies.items()},
+        "bad_days": _bad_days(work.bad),
+        "timings": work.clock.stages,
+        "seconds": work.clock.seconds,
+        "started_at": work.clock.started_at.isoformat(timespec="seconds"),
         "published": request.published,
     }
 
 
-def _versions() -> dict[str, str]:
-    names = ("numpy", "pandas", "pyarrow", "numba", "scikit-learn", "dask", "statsmodels")
-    python = {"clusterlob_gpu": __version__, "python": platform.python_version()}
-    return python | {name: metadata.version(name) for name in names}
+def _bad_days(bad: Bad) -> list[dict[str, str]]:
+    """Days left out, a row each."""
+    return [
+        {"symbol": symbol, "table": table, "day": str(day), "error": str(error)}
+        for symbol, days in bad.items()
+        for (table, day), error in sorted(days.items())
+    ]
 
 
 def fingerprint(run: SymbolRun) -> str:
-    """Hash of all lake files that the run has read, those of the days around the range included."""
-    return config_hash({f"{t} {d}": run.lake.fingerprint(t, d) for t, ds in run.read.items() for d in ds})
+    """Hash of all lake files that the run has looked at, those of the days around the range included."""
+    return config_hash(run.lake.seen())
 
 
-def missing_notes(runs: Sequence[SymbolRun]) -> list[str]:
-    """A note per symbol whose range has days without trades or book."""
-    return [
+def missing_notes(runs: Sequence[SymbolRun], bad: Bad) -> list[str]:
+    """A note per symbol whose range has days without trades or book, and one per bad day."""
+    notes = [
         f"{run.name}: the lake has no trades or no book on {', '.join(map(str, run.missing))}; "
         "what needs them is null there"
         for run in runs
         if run.missing
     ]
+    return notes + [f"{row['symbol']} {row['day']} was left out: {row['error']}" for row in _bad_days(bad)]
 
 
 def added(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
@@ -242,16 +354,23 @@ def added(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return {name: sum(count[name] for count in counts) for name in counts[0]}
 
 
-def _record(request: RunRequest[RunConfig], experiment: str, clock: Clock, outcome: dict[str, Any]) -> None:
-    """Add the run to the ledger."""
+def _ledger_line(
+    request: RunRequest[RunConfig],
+    experiment: str,
+    directory: RunDirectory,
+    clock: Clock,
+    end: dict[str, Any],
+) -> dict[str, Any]:
+    """The run's line in the ledger."""
     line = {
-        "id": f"{request.hash}-{clock.started_at.isoformat(timespec='milliseconds')}",
+        "id": directory.attempt.id,
         "experiment": experiment,
         "out": str(request.out),
         "config_hash": request.hash,
         "symbols": request.symbols,
         "start": request.start,
         "end": request.end,
+        "attempts": directory.attempt.number,
         "seconds": round(clock.seconds, 3),
     }
-    append_ledger(request.out.absolute().parent, line | outcome)
+    return line | end

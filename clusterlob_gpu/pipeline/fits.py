@@ -1,0 +1,129 @@
+"""K-means of many fits at once: every pass over a day's features serves all fits that train on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from clusterlob_gpu import cluster_days, clustering
+from clusterlob_gpu.cluster_days import FitJob, Fitted, Sample, SampleJob, Share, TrainDay
+from clusterlob_gpu.clustering import Bounds, Fit, Partial
+from clusterlob_gpu.errors import InputError
+from clusterlob_gpu.pipeline.stages import Item, PlanEnds, Stages
+
+_TOGETHER = 16
+"""Large answers of days that are held at once while they are added up."""
+
+
+def fit_all(jobs: Sequence[FitJob], stages: Stages) -> list[Fitted | InputError]:
+    """The fits, from the store where it has them; a fit that is not possible gives its reason."""
+    named = {job.artefact().address: job for job in jobs}
+    found: dict[str, Fitted | InputError] = {}
+    for address, job in named.items():
+        made = stages.find("fit", job.artefact())
+        if made is not None:
+            found[address] = cluster_days.load_fit(stages.store, made)
+    todo = {address: job for address, job in named.items() if address not in found}
+    if todo and stages.planning:
+        raise PlanEnds
+    if todo:
+        found |= dict(zip(todo, _fit(list(todo.values()), stages), strict=True))
+    return [found[job.artefact().address] for job in jobs]
+
+
+def _fit(jobs: Sequence[FitJob], stages: Stages) -> list[Fitted | InputError]:
+    bounds = _all_bounds(jobs, stages)
+    starts = _starts(jobs, bounds, stages)
+    able = [n for n, start in enumerate(starts) if not isinstance(start, InputError)]
+    merged = [n for n in able if jobs[n].config.engine == "sklearn"]
+    passed = [n for n in able if n not in merged]
+    fits: dict[int, Fit] = {}
+    tasks = [(jobs[n], bounds[n], starts[n]) for n in merged]
+    fits |= zip(merged, stages.map("fit", cluster_days.fit_merged, tasks), strict=True)
+    together = clustering.lloyd_together(
+        [starts[n] for n in passed],
+        _one_pass([jobs[n] for n in passed], [bounds[n] for n in passed], stages),
+    )
+    fits |= zip(passed, together, strict=True)
+    done: list[Fitted | InputError] = []
+    for n, job in enumerate(jobs):
+        if n in fits:
+            fitted = cluster_days.save_fit(stages.store, job, fits[n], bounds[n])
+            stages.count("fit", fitted.made)
+            done.append(fitted)
+        else:
+            done.append(starts[n])
+    return done
+
+
+def _one_pass(
+    jobs: Sequence[FitJob], bounds: Sequence[Bounds], stages: Stages
+) -> Callable[[Mapping[int, np.ndarray]], dict[int, list[Partial]]]:
+    def one_pass(moving: Mapping[int, np.ndarray]) -> dict[int, list[Partial]]:
+        shares: dict[str, list[Share]] = {}
+        asked: dict[str, list[tuple[int, int]]] = {}
+        for number, centroids in moving.items():
+            for at, day in enumerate(jobs[number].train):
+                address = day.features.made.address
+                shares.setdefault(address, []).append((day, bounds[number], centroids))
+                asked.setdefault(address, []).append((number, at))
+        answers = stages.map("fit", cluster_days.lloyd_day, list(shares.values()))
+        found: dict[int, dict[int, Partial]] = {number: {} for number in moving}
+        for places, parts in zip(asked.values(), answers, strict=True):
+            for (number, at), part in zip(places, parts, strict=True):
+                found[number][at] = part
+        return {number: [parts[at] for at in sorted(parts)] for number, parts in found.items()}
+
+    return one_pass
+
+
+def _starts(
+    jobs: Sequence[FitJob], bounds: Sequence[Bounds], stages: Stages
+) -> list[np.ndarray | InputError]:
+    """Starting centres of every fit; all with the same rows and seed start from the same sample."""
+    wanted: dict[str, SampleJob] = {}
+    of_job: list[list[str]] = []
+    for job in jobs:
+        tasks = [SampleJob(day, job.symbol, job.total, job.config.seed) for day in job.train]
+        addresses = [cluster_days.sample_artefact(task).address for task in tasks]
+        wanted |= zip(addresses, tasks, strict=True)
+        of_job.append(addresses)
+    made = stages.make("sample", cluster_days.sample_artefact, cluster_days.sample_day, list(wanted.values()))
+    samples: dict[str, Sample] = dict(zip(wanted, made, strict=True))
+    starts = [
+        (job, bound, tuple(samples[address] for address in addresses))
+        for job, bound, addresses in zip(jobs, bounds, of_job, strict=True)
+    ]
+    return stages.map("start", cluster_days.start_fit, starts)
+
+
+def _all_bounds(jobs: Sequence[FitJob], stages: Stages) -> list[Bounds]:
+    """Clipping bounds of every fit; the same rows at the same quantiles are counted once."""
+    known: dict[tuple[object, ...], Bounds] = {}
+    found = []
+    for job in jobs:
+        key = (tuple(day.key for day in job.train), job.config.winsorize)
+        if key not in known:
+            known[key] = _bounds(job.train, job.config.winsorize, stages)
+        found.append(known[key])
+    return found
+
+
+def _bounds(train: Sequence[TrainDay], winsorize: tuple[float, float] | None, stages: Stages) -> Bounds:
+    if winsorize is None:
+        return Bounds.none()
+    high = _added(cluster_days.high_counts_day, train, stages)
+
+    def low_pass(bins: np.ndarray) -> np.ndarray:
+        return _added(cluster_days.low_counts_day, [(day, bins) for day in train], stages)
+
+    return clustering.winsor_bounds(winsorize, high, low_pass)
+
+
+def _added(function: Callable[[Item], np.ndarray], tasks: Sequence[Item], stages: Stages) -> np.ndarray:
+    """Sum of the tasks' counts, a few days at a time: each answer is megabytes."""
+    total: np.ndarray | int = 0
+    for at in range(0, len(tasks), _TOGETHER):
+        total = total + np.sum(stages.map("quantiles", function, tasks[at : at + _TOGETHER]), axis=0)
+    return np.asarray(total)
