@@ -40,6 +40,7 @@ _LOOKERS = 16
 _TAIL = 65_536
 """Bytes at the end of a file that go into its fingerprint; they nearly always hold its footer."""
 _SNAPSHOT_BATCH = 16_384
+_WIDEST = (-(2**63), 2**63 - 1)
 _TRADE_COLUMNS = ["side", "price_int", "qty_int"]
 _ORDER = ("ts_local_us", "file_id", "file_line_number")
 
@@ -70,7 +71,7 @@ class _Look(NamedTuple):
     fingerprint: str
     rows: int
     stored: int
-    """Bytes of the row groups."""
+    """Bytes."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,10 @@ class SymbolLake:
         return bool(self._look(table, day).parts)
 
     def size(self, table: str, day: date) -> tuple[int, int]:
-        """Rows in the row groups that hold the symbol, and their bytes as stored.
+        """Rows in the row groups that hold the symbol, and bytes as stored.
 
-        Exactly the symbol's where a file holds one symbol.
+        Both are the symbol's where a file holds one symbol; of another file's bytes, row groups have the
+        share that they have before compression.
         """
         look = self._look(table, day)
         return look.rows, look.stored
@@ -196,29 +198,27 @@ class SymbolLake:
                 tail = file.read_at(min(entry.size, _TAIL), max(0, entry.size - _TAIL))
                 footer = _footer(file, tail)
                 meta = pq.read_metadata(pa.BufferReader(footer))
-                mine = self._row_groups(where, file, meta)
-                groups = [meta.row_group(group) for group in mine]
+                groups = self._row_groups(where, file, meta)
             if groups:
-                parts.append(_Part(where, state, footer, mine))
+                parts.append(_Part(where, state, footer, groups))
                 digest.update(f"{entry.name} {entry.size} {entry.changed_ns}".encode())
                 digest.update(tail)
-                rows += sum(group.num_rows for group in groups)
-                stored += sum(_stored(group) for group in groups)
+                rows += _total(meta, groups, "num_rows")
+                whole = _total(meta, range(meta.num_row_groups), "total_byte_size")
+                stored += entry.size * _total(meta, groups, "total_byte_size") // max(1, whole)
         return _Look(parts, digest.hexdigest(), rows, stored)
 
     def _row_groups(self, where: Location, source: pa.NativeFile, meta: pq.FileMetaData) -> list[int]:
         """Row groups with rows of the symbol; statistics decide where they can, else the column."""
-        _require(["symbol_id"], meta.schema.to_arrow_schema().names, where)
-        leaf, wanted = _leaf(meta, "symbol_id"), self.symbol.ids
+        leaf, wanted = _leaf(meta, "symbol_id", where), self.symbol.ids
         found = []
         for group in range(meta.num_row_groups):
-            stats = meta.row_group(group).column(leaf).statistics
-            if stats is not None and stats.has_min_max:
-                if not any(stats.min <= key <= stats.max for key in wanted):
-                    continue
-                if stats.min == stats.max:
-                    found.append(group)
-                    continue
+            low, high = _bounds(meta, group, leaf)
+            if not any(low <= key <= high for key in wanted):
+                continue
+            if low == high:
+                found.append(group)
+                continue
             ids = _parquet(where, source, meta).read_row_group(group, columns=["symbol_id"])["symbol_id"]
             if pc.any(pc.is_in(ids, pa.array(wanted, pa.int64()))).as_py():
                 found.append(group)
@@ -228,7 +228,8 @@ class SymbolLake:
         """The day's trades, or at least the `last` of them where the file allows to read only those."""
         parts = self._look("trades", day).parts
         if last is not None and len(parts) == 1:
-            parts = [_last_groups(parts[0], last)]
+            with _fault_of("trades", day):
+                parts = [_last_groups(parts[0], last)]
         return self._trades(day, self._gather("trades", day, self._scalars(parts, day, _TRADE_COLUMNS)))
 
     def read_fills(self, day: date) -> Fills:
@@ -443,34 +444,37 @@ def _footer(file: pa.NativeFile, tail: bytes) -> bytes:
     return bytes(file.read_at(size, file.size() - size))
 
 
-def _stored(group: pq.RowGroupMetaData) -> int:
-    """Bytes of a row group in the file."""
-    return sum(group.column(leaf).total_compressed_size for leaf in range(group.num_columns))
+def _total(meta: pq.FileMetaData, groups: Iterable[int], what: str) -> int:
+    return sum(getattr(meta.row_group(group), what) for group in groups)
 
 
 def _last_groups(part: _Part, rows: int) -> _Part:
     """The last row groups with at least `rows` rows, if all earlier times are below theirs, else all."""
-    meta = part.meta
-    leaf = _leaf(meta, "ts_local_us")
-    groups, held = list(part.row_groups), 0
+    meta, groups, held = part.meta, part.row_groups, 0
+    leaf = _leaf(meta, "ts_local_us", part.where)
     for at in range(len(groups) - 1, 0, -1):
         held += meta.row_group(groups[at]).num_rows
         if held < rows:
             continue
-        early, late = (
-            [meta.row_group(group).column(leaf).statistics for group in side]
-            for side in (groups[:at], groups[at:])
-        )
-        if all(stats is not None and stats.has_min_max for stats in early + late) and max(
-            stats.max for stats in early
-        ) < min(stats.min for stats in late):
+        early, late = ([_bounds(meta, group, leaf) for group in side] for side in (groups[:at], groups[at:]))
+        if max(high for _, high in early) < min(low for low, _ in late):
             return part._replace(row_groups=groups[at:])
     return part
 
 
-def _leaf(meta: pq.FileMetaData, name: str) -> int:
-    """Index of a flat column among the leaves of the Parquet schema."""
+def _leaf(meta: pq.FileMetaData, name: str, where: Location) -> int:
+    """Index of a flat column among the leaves of the Parquet schema; raises LakeError if it is missing."""
+    _require([name], meta.schema.to_arrow_schema().names, where)
     return next(i for i in range(len(meta.schema)) if meta.schema.column(i).path == name)
+
+
+def _bounds(meta: pq.FileMetaData, group: int, leaf: int) -> tuple[int, int]:
+    """Bounds of an integer column in a row group, the widest where the file does not say."""
+    chunk = meta.row_group(group).column(leaf)
+    if chunk.physical_type != meta.schema.column(leaf).physical_type:
+        return _WIDEST  # a damaged footer: Arrow ends the process over its statistics, not over its pages
+    stats = chunk.statistics
+    return (stats.min, stats.max) if stats is not None and stats.has_min_max else _WIDEST
 
 
 def _column(column: pa.ChunkedArray, where: Location, name: str) -> np.ndarray:
