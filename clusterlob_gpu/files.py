@@ -195,11 +195,11 @@ def _endpoint() -> str | None:
 @lru_cache(maxsize=4)
 def _object_store(endpoint: str | None) -> pafs.FileSystem:
     # Small files in one request, and errors where they happen: none of the threads of background writes.
-    # Five attempts outlast a store that asks many workers to slow down; no connection fails in seconds.
+    # Four attempts outlast a store that asks many workers to slow down; no connection fails in seconds.
     return pafs.S3FileSystem(
         endpoint_override=endpoint,
         allow_delayed_open=True,
         background_writes=False,
         connect_timeout=5,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=5),
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=4),
     )
