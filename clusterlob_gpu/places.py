@@ -300,13 +300,13 @@ class SlurmPlace(_Gpus, DaskPlace):
         }
 
     @property
-    def _stagger_s(self) -> int:
-        """Workers that began together do not end together; the draw stays inside the margin."""
-        return self.lifetime_margin // US_PER_SECOND // 4
-
-    @property
     def _lifetime_s(self) -> int:
         return (self.walltime - self.lifetime_margin) // US_PER_SECOND
+
+    @property
+    def _stagger_s(self) -> int:
+        """Workers that began together do not end together; the draw stays inside the margin."""
+        return min(self._lifetime_s, self.lifetime_margin // US_PER_SECOND) // 4
 
 
 class Volume(_Model):

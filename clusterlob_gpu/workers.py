@@ -181,14 +181,17 @@ class _Dask:
         with self._scheduler_watched(client):
             task = _Task(function, environment())
             futures = client.map(task, items, pure=False, key=stage.replace(" ", "-"))
-            index = {future: i for i, future in enumerate(futures)}
+            waiting = {future: i for i, future in enumerate(futures)}
+            del futures
             try:
-                for future in as_completed(futures, loop=client.loop):
-                    outcomes.add(index[future], partial(_result, stage, future))
+                for future in as_completed(waiting, loop=client.loop):
+                    outcomes.add(waiting.pop(future), partial(_result, stage, future))
+                    # What has been fetched is let go, or Dask would compute it again for a lost worker.
+                    future.release()
                     self.progress(stage, outcomes.done, len(items))
             finally:
                 if client.status == "running":
-                    client.cancel(futures, force=True)
+                    client.cancel(list(waiting), force=True)
         return outcomes.in_order()
 
     @contextmanager
