@@ -128,14 +128,14 @@ def test_workers__number_of_jobs_follows_the_work() -> None:
     place = cpu_place(min_jobs=0, max_jobs=2)
     with open_workers(place, lambda *_: None) as workers:
         assert workers.name == "0 to 2 SLURM jobs x 1 workers x 1 threads"
-        found = workers.map("many", partial(job_of_task, 0.5), range(40))
+        found = workers.map("many", partial(job_of_task, 0.5), range(20))
     assert len(set(found)) == 2
 
 
 def test_workers__one_that_ends_before_its_walltime_is_replaced(tmp_path: Path) -> None:
     place = cpu_place(walltime="1m", lifetime_margin="55s")
     with open_workers(place, lambda *_: None) as workers:
-        assert workers.map("outlive", partial(leave_job, tmp_path), range(9)) == [x * x for x in range(9)]
+        assert workers.map("outlive", partial(leave_job, tmp_path), range(7)) == [x * x for x in range(7)]
     jobs = {file.read_text() for file in tmp_path.glob("*.job")}
     assert len(jobs) > 1
     wait_until(lambda: {job_state(job) for job in jobs} <= {"COMPLETED", "CANCELLED"})
