@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date, datetime
@@ -20,8 +21,11 @@ from clusterlob_gpu.errors import ClusterlobError, InputError
 
 if TYPE_CHECKING:
     from clusterlob_gpu.config import Preset, RunConfig
+    from clusterlob_gpu.files import Location
     from clusterlob_gpu.lake.synthetic import MarketConfig, SyntheticReport
     from clusterlob_gpu.pipeline import RunRequest
+    from clusterlob_gpu.pipeline.run import Experiment
+    from clusterlob_gpu.places import Place
     from clusterlob_gpu.workers import Progress
 
 _DAY = click.DateTime(["%Y-%m-%d"])
@@ -64,6 +68,20 @@ def _day(value: datetime | None) -> date | None:
     return None if value is None else value.date()
 
 
+def location(text: str) -> Location:
+    """A path, or s3://bucket/prefix."""
+    from clusterlob_gpu.files import Location
+
+    return Location.of(text)
+
+
+def _local(value: Location, flag: str) -> Path:
+    """The path of a location; raises InputError for an object store."""
+    if value.path is None:
+        raise InputError(f"{flag} {value}: must be a folder; make it there and copy it to the object store")
+    return value.path
+
+
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def apply(command: Any) -> Any:
         for option in reversed(options):
@@ -73,22 +91,31 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return apply
 
 
+_LAKE = click.option(
+    "--lake", type=location, required=True, help="Folder of the lake, or s3://bucket/prefix."
+)
 _RANGE = _options(
-    click.option("--lake", type=click.Path(path_type=Path), required=True, help="Folder of the lake."),
+    _LAKE,
     click.option("--exchange", help="Exchange, as in the lake's partitions."),
     click.option("--symbol", "symbols", multiple=True, help="Instrument; may be given several times."),
     click.option("--start", type=_DAY, help="First day, YYYY-MM-DD."),
     click.option("--end", type=_DAY, help="Last day, included."),
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run."),
 )
-_RUNNING = _options(
-    click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file of config keys."),
-    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One config key."),
+_WHERE = _options(
     click.option("--workers", help="Number of local workers, a name in cluster_configs/, or a file."),
     click.option("--backend", type=click.Choice(["auto", "cpu", "gpu"]), default="auto"),
     click.option(
-        "--store", type=click.Path(path_type=Path), help="Folder of day artefacts [default: beside --out]."
+        "--store",
+        type=location,
+        help="Folder of day artefacts, or s3://bucket/prefix [default: beside --out].",
     ),
+    click.option("--dry-run", is_flag=True, help="Show what is there and what would be done; do nothing."),
+)
+_RUNNING = _options(
+    click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file of config keys."),
+    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One config key."),
+    _WHERE,
 )
 
 
@@ -99,7 +126,7 @@ def ingest() -> None:
 
 @ingest.command("tardis")
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
-@click.option("--lake", type=click.Path(path_type=Path), required=True, help="Folder of the lake.")
+@_LAKE
 @click.option("--exchange", "exchanges", multiple=True, help="Only these exchanges.")
 @click.option("--symbol", "symbols", multiple=True, help="Only these instruments.")
 @click.option("--start", type=_DAY, help="First day, YYYY-MM-DD.")
@@ -109,7 +136,7 @@ def ingest() -> None:
     type=click.Path(exists=True, path_type=Path),
     help="CSV or Parquet with dim_symbol's columns: ticks, lots and increments are taken from it.",
 )
-def ingest_tardis(source: Path, lake: Path, symbols_file: Path | None, **limits: Any) -> None:
+def ingest_tardis(source: Path, lake: Location, symbols_file: Path | None, **limits: Any) -> None:
     """Ingest Tardis CSV files (.csv or .csv.gz) below SOURCE."""
     from clusterlob_gpu import console
     from clusterlob_gpu.lake import tardis
@@ -117,7 +144,7 @@ def ingest_tardis(source: Path, lake: Path, symbols_file: Path | None, **limits:
     with _progress() as step:
         done = tardis.ingest_tardis(
             source,
-            lake,
+            _local(lake, "--lake"),
             exchanges=limits["exchanges"] or None,
             symbols=limits["symbols"] or None,
             start=_day(limits["start"]),
@@ -129,7 +156,7 @@ def ingest_tardis(source: Path, lake: Path, symbols_file: Path | None, **limits:
 
 
 @ingest.command("synthetic")
-@click.option("--lake", type=click.Path(path_type=Path), required=True, help="Folder of the lake.")
+@_LAKE
 @click.option("--symbol", "symbols", multiple=True, default=("SYNUSDT",), help="Instruments to make.")
 @click.option("--start", type=_DAY, default="2024-05-01", help="First day, YYYY-MM-DD.")
 @click.option("--days", type=int, default=1, help="Days to make.")
@@ -138,12 +165,12 @@ def ingest_tardis(source: Path, lake: Path, symbols_file: Path | None, **limits:
 @click.option("--seed", type=int, default=7)
 @click.option("--strength", type=float, default=1.0, help="Of the planted types; 0 plants nothing.")
 @click.option("--full-size", is_flag=True, help="BTCUSDT of May 2024: 3.95M trades, 864k snapshots a day.")
-def ingest_synthetic(lake: Path, start: datetime, full_size: bool, **settings: Any) -> None:
+def ingest_synthetic(lake: Location, start: datetime, full_size: bool, **settings: Any) -> None:
     """Make a seeded market with planted types of traders."""
     from clusterlob_gpu.lake import synthetic
 
     config = synthetic.make_market(start=start.date(), full_size=full_size, **settings)
-    click.echo(str(_make(lake, config)))
+    click.echo(str(_make(_local(lake, "--lake"), config)))
 
 
 def _make(lake: Path, config: MarketConfig) -> SyntheticReport:
@@ -172,10 +199,10 @@ def run() -> None:
 @_RUNNING
 def run_cluster(**options: Any) -> None:
     """Split trades into passive, opportunistic and directional flow, and test each."""
-    from clusterlob_gpu import pipeline
+    from clusterlob_gpu.pipeline.cluster import CLUSTER
 
     preset = _preset(options["preset"])
-    _finish(pipeline.run_cluster, _request(options, preset, _config(options, preset, "cluster")), options)
+    _finish(CLUSTER, _request(options, preset, _config(options, preset, "cluster")), options)
 
 
 @run.command("flow")
@@ -184,10 +211,10 @@ def run_cluster(**options: Any) -> None:
 @_RUNNING
 def run_flow(**options: Any) -> None:
     """Split taker flow by trade size, and test it against 1 h and 3 h forward returns."""
-    from clusterlob_gpu import pipeline
+    from clusterlob_gpu.pipeline.flow import FLOW
 
     preset = _preset(options["preset"])
-    _finish(pipeline.run_flow, _request(options, preset, _config(options, preset, "flow")), options)
+    _finish(FLOW, _request(options, preset, _config(options, preset, "flow")), options)
 
 
 @cli.command("label")
@@ -196,8 +223,9 @@ def run_flow(**options: Any) -> None:
 @_RUNNING
 def label(model: Path, **options: Any) -> None:
     """Label days with a fitted model, without fitting."""
-    from clusterlob_gpu import clustering, pipeline
+    from clusterlob_gpu import clustering
     from clusterlob_gpu.config import make_config, read_yaml
+    from clusterlob_gpu.pipeline.cluster import LABEL, labelling_request
 
     models = clustering.read_models(model)
     first = next(iter(models.values()))
@@ -205,8 +233,51 @@ def label(model: Path, **options: Any) -> None:
     options["exchange"] = options["exchange"] or first.exchange
     file = read_yaml(options["file"]) if options["file"] else {}
     config: RunConfig = make_config({**first.features, **file}, options["settings"])
-    request = _request(options, None, config, models=models)
-    _finish(pipeline.label, request, options)
+    _finish(LABEL, labelling_request(_request(options, None, config, models=models)), options)
+
+
+@cli.command("sweep")
+@click.argument("file", type=click.Path(path_type=Path))
+@_LAKE
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the sweep.")
+@_WHERE
+def sweep(file: Path, **options: Any) -> None:
+    """Run every trial of a YAML file over shared stages, and compare them."""
+    from clusterlob_gpu import backend, console
+    from clusterlob_gpu import sweep as sweeps
+    from clusterlob_gpu.workers import open_workers, read_place
+
+    request = sweeps.SweepRequest(
+        lake=options["lake"],
+        out=options["out"],
+        store=options["store"],
+        backend=backend.choose(options["backend"]),
+        file=sweeps.read_sweep(file),
+    )
+    if options["dry_run"]:
+        with _progress() as step, open_workers(read_place(None), step) as workers:
+            made, tallies, problems = sweeps.plan_sweep(request, workers)
+        _print(*console.sweep_plan_tables(made, tallies, problems))
+        return
+    with _progress() as step, open_workers(read_place(options["workers"]), step) as workers:
+        out = sweeps.run_sweep(request, workers)
+    _show(out)
+
+
+@cli.command("submit", context_settings={"ignore_unknown_options": True})
+@click.option(
+    "--to", "place", required=True, help="A SLURM or Kubernetes place in cluster_configs/, or a file."
+)
+@click.option("--dry-run", is_flag=True, help="Show the job instead of submitting it.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+def submit(place: str, dry_run: bool, command: tuple[str, ...]) -> None:
+    """Run `clusterlob COMMAND` as a batch job of its own: submit --to slurm_gpu -- run cluster ..."""
+    from clusterlob_gpu import submit as submission
+
+    if dry_run:
+        click.echo(submission.render_submission(place, list(command)))
+    else:
+        click.echo(f"submitted: {submission.submit(place, list(command))}")
 
 
 @cli.command("report")
@@ -220,19 +291,64 @@ def report(out: Path) -> None:
 
 
 @cli.command("info")
-@click.argument("out", type=click.Path(exists=True, path_type=Path))
-def info(out: Path) -> None:
-    """Show the tables of a finished run."""
-    _show(out)
+@click.argument("where", type=location, metavar="RUN|STORE")
+def info(where: Location) -> None:
+    """Show the tables of a finished run, how far an unfinished one is, or what a store holds."""
+    from clusterlob_gpu import console, output
+    from clusterlob_gpu.store import Store
+
+    attempt = output.unfinished(where.path) if where.path is not None else None
+    if attempt is not None:
+        click.echo(console.attempt_line(attempt))
+    if where.path is not None and (where.path / output.RUN_FILE).exists():
+        _show(where.path)
+        return
+    held = Store(where).held()
+    if held:
+        _print(console.store_table(where.name, held))
+    elif attempt is None:
+        raise InputError(f"{where}: neither a run nor a store with artefacts")
+
+
+@cli.command("clean")
+@click.argument("store", type=location)
+@click.option("--unused", help="Remove what was not used for this long, such as 30d.")
+@click.option("--max-size", help="Remove what was longest unused beyond this size, such as 200GB.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed.")
+def clean(store: Location, unused: str | None, max_size: str | None, dry_run: bool) -> None:
+    """Remove day artefacts from a store by age or size; what was used within the last hour stays."""
+    from clusterlob_gpu import console
+    from clusterlob_gpu.config import parse_duration
+    from clusterlob_gpu.store import Store
+
+    if unused is None and max_size is None:
+        raise InputError("clean: give --unused, --max-size, or both")
+    gone = Store(store).clean(
+        unused_s=None if unused is None else _asked("--unused", unused, parse_duration) / 1e6,
+        max_bytes=None if max_size is None else _asked("--max-size", max_size, _bytes),
+        dry_run=dry_run,
+    )
+    _print(console.store_table(f"{'would be ' if dry_run else ''}removed from {store}", gone))
+
+
+def _asked(flag: str, text: str, parse: Callable[[str], int]) -> int:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise InputError(f"{flag} {text}: {error}") from None
+
+
+def _bytes(text: str) -> int:
+    from dask.utils import parse_bytes
+
+    return int(parse_bytes(text))
 
 
 @cli.command("check")
-@click.option(
-    "--lake", type=click.Path(exists=True, path_type=Path), required=True, help="Folder of the lake."
-)
+@_LAKE
 @click.option("--exchange", help="Only this exchange.")
 @click.option("--symbol", help="Only this instrument.")
-def check(lake: Path, exchange: str | None, symbol: str | None) -> None:
+def check(lake: Location, exchange: str | None, symbol: str | None) -> None:
     """List what a lake holds: days, rows, gaps, broken files, and signs of a wrong join."""
     from clusterlob_gpu import console, quality
 
@@ -244,9 +360,9 @@ def check(lake: Path, exchange: str | None, symbol: str | None) -> None:
 @click.option("--workers", default="local_cpu", help="Number of local workers, a name, or a file.")
 def demo(out: Path, workers: str) -> None:
     """Make a small synthetic lake and run the whole experiment on it."""
-    from clusterlob_gpu import pipeline
     from clusterlob_gpu.config import make_config
     from clusterlob_gpu.lake import synthetic
+    from clusterlob_gpu.pipeline.cluster import CLUSTER
 
     market = synthetic.demo_market()
     click.echo(f"lake: {_make(out / 'lake', market)}")
@@ -260,8 +376,9 @@ def demo(out: Path, workers: str) -> None:
         "store": None,
         "backend": "cpu",
         "workers": workers,
+        "dry_run": False,
     }
-    _finish(pipeline.run_cluster, _request(options, None, make_config({})), options)
+    _finish(CLUSTER, _request(options, None, make_config({})), options)
 
 
 def _preset(name: str | None) -> Preset | None:
@@ -305,27 +422,49 @@ def _request(
         config=config,
         models=models,
         published=preset.published if preset else None,
+        keep_current=True,
         **given,
     )
 
 
-def _finish(job: Callable[..., Path], request: RunRequest[Any], options: dict[str, Any]) -> None:
-    """Run a job on its workers and print its tables."""
+def _finish(experiment: Experiment[Any], request: RunRequest[Any], options: dict[str, Any]) -> None:
+    """Run an experiment on its workers and print its tables, or only its plan."""
+    from clusterlob_gpu.output import RUN_FILE
+    from clusterlob_gpu.pipeline.run import execute
     from clusterlob_gpu.workers import open_workers, read_place
 
     place = read_place(options["workers"])
+    if options["dry_run"]:
+        _show_plan(experiment, request, place)
+        return
+    began = time.time()
     with _progress() as step, open_workers(place, step) as workers:
-        out = job(request, workers)
+        out = execute(request, experiment, workers)
+    if (out / RUN_FILE).stat().st_mtime < began:
+        click.echo("up to date: the same was asked for, and neither lake nor code has changed", err=True)
     _show(out)
+
+
+def _show_plan(experiment: Experiment[Any], request: RunRequest[Any], place: Place) -> None:
+    from clusterlob_gpu import console
+    from clusterlob_gpu.pipeline.plan import plan_run
+    from clusterlob_gpu.workers import open_workers, read_place
+
+    with _progress() as step, open_workers(read_place(None), step) as workers:
+        plan = plan_run(request, experiment, workers)
+    _print(*console.plan_tables(plan))
+    click.echo(console.memory_line(plan, place))
 
 
 def _show(out: Path) -> None:
     """Print the tables of a finished run, and where its report is."""
     from clusterlob_gpu import console, page, report
 
-    _print(*report.console_tables(out), console.rows_table(page.read_info(out)))
+    held = page.read_info(out)
+    _print(*report.console_tables(out), *console.run_tables(held))
     click.echo(f"report: {out / 'report.html'}")
-    click.echo(f"pictures: {out / 'plots'}")
+    if (out / "plots").is_dir():
+        click.echo(f"pictures: {out / 'plots'}")
 
 
 @contextmanager

@@ -269,10 +269,11 @@ def make_config(
     try:
         return kind(**values)
     except ValidationError as error:
-        raise ConfigError(_first_problem(error, kind)) from None
+        raise ConfigError(first_problem(error, kind)) from None
 
 
-def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
+def first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
+    """One line about the first thing that a model refuses: field, value, rule."""
     problem = error.errors()[0]
     field = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
@@ -328,7 +329,7 @@ def read_preset(name: str) -> Preset:
         try:
             return Preset(**read_yaml(path))
         except ValidationError as error:
-            raise ConfigError(f"preset {name}: {_first_problem(error, Preset)}") from None
+            raise ConfigError(f"preset {name}: {first_problem(error, Preset)}") from None
 
 
 def config_hash(values: Mapping[str, Any]) -> str:

@@ -1,15 +1,22 @@
-"""Tables for the terminal about lakes: what was ingested, what is there."""
+"""Tables for the terminal about lakes, plans, runs and stores: what is there, and what was done."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 if TYPE_CHECKING:
     from clusterlob_gpu.lake.tardis import FileReport, IngestReport
+    from clusterlob_gpu.pipeline.plan import Plan
+    from clusterlob_gpu.pipeline.stages import Tally
+    from clusterlob_gpu.places import Place
     from clusterlob_gpu.quality import LakeCheck
+    from clusterlob_gpu.store import Held
+    from clusterlob_gpu.sweep import Trial
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
@@ -39,6 +46,135 @@ def rows_table(run: dict[str, Any]) -> Table:
         for symbol, counts in run["rows"].items()
     ]
     return table("rows", columns, rows)
+
+
+def run_tables(run: dict[str, Any]) -> list[Table]:
+    """What a run (the content of run.json) did with rows and artefacts."""
+    tables = [rows_table(run)] if "rows" in run else []
+    made = {name: held for name, held in run.get("artefacts", {}).items() if held["there"] or held["made"]}
+    if made:
+        tables.append(_artefact_table(made))
+    bad = [[row["symbol"], row["table"], row["day"], row["error"]] for row in run.get("bad_days", [])]
+    if bad:
+        tables.append(table("days left out", ["symbol", "table", "day", "why"], bad))
+    return tables
+
+
+def _artefact_table(made: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows = [
+        [
+            name,
+            f"{held['there']:,}",
+            f"{held['made']:,}",
+            size_text(held["bytes"]),
+            _few([f"{why} ({count})" for why, count in held["why"].items()]),
+        ]
+        for name, held in made.items()
+    ]
+    return table("artefacts of days", ["stage", "reused", "made", "size", "made because"], rows)
+
+
+def plan_tables(plan: Plan) -> list[Table]:
+    """Days, gaps and bytes of every symbol, and what is there and missing of every stage."""
+    symbols = [
+        [
+            symbol.symbol,
+            str(len(symbol.days)),
+            f"{symbol.days[0]} to {symbol.days[-1]}",
+            _few([str(day) for day in symbol.gaps]) or "none",
+            f"{symbol.trades:,}",
+            f"{symbol.book_rows:,}",
+            size_text(symbol.size),
+            f"{symbol.largest[0]}: {size_text(symbol.largest[1])}",
+        ]
+        for symbol in plan.symbols
+    ]
+    columns = ["symbol", "days", "from", "gaps", "trades", "book rows", "in the lake", "largest task"]
+    tables = [table(f"plan of run {plan.experiment}", columns, symbols)]
+    stages = [
+        [stage.stage, f"{stage.there:,}", f"{stage.missing:,}"]
+        if stage.known
+        else [stage.stage, "not known yet", f"up to {stage.missing:,}"]
+        for stage in plan.stages
+    ]
+    tables.append(table("artefacts of days", ["stage", "there", "to be made"], stages))
+    if plan.left_out:
+        tables.append(table("days left out", ["day"], [[text] for text in plan.left_out]))
+    return tables
+
+
+def memory_line(plan: Plan, place: Place) -> str:
+    """What a worker of the place will take on the largest day, and whether it has that."""
+    wanted = plan.memory_of(place.threads_per_worker)
+    text = f"memory: a worker of {place.describe()} takes about {size_text(wanted)}"
+    limit = place.memory_per_worker
+    if limit is None:
+        return text
+    if limit < wanted:
+        return f"{text}, more than its {size_text(limit)}: give it more memory or fewer threads"
+    return f"{text} of its {size_text(limit)}"
+
+
+def sweep_plan_tables(
+    trials: Sequence[Trial], tallies: Mapping[str, Tally], problems: Sequence[str]
+) -> list[Table]:
+    """Trials of a sweep, what is there and missing of every stage, and what cannot run."""
+    rows = [
+        [
+            str(trial.number),
+            ", ".join(f"{key} = {value}" for key, value in trial.settings.items()) or "the common settings",
+            ", ".join(trial.symbols),
+            trial.problem or "",
+        ]
+        for trial in trials
+    ]
+    tables = [table(f"{len(trials)} trials", ["trial", "settings", "symbols", "cannot run"], rows)]
+    stages = [[name, f"{tally.there:,}", f"{tally.missing:,}"] for name, tally in tallies.items()]
+    tables.append(table("artefacts, as far as can be told", ["stage", "there", "to be made"], stages))
+    if problems:
+        tables.append(table("trials that cannot run", ["why"], [[text] for text in problems]))
+    return tables
+
+
+def store_table(title: str, held: Sequence[Held]) -> Table:
+    """Artefacts by stage: how many, how large, when last used."""
+    now, rows = time.time(), []
+    for stage in sorted({one.stage for one in held}):
+        mine = [one for one in held if one.stage == stage]
+        days = len({tuple(one.address.split("/")[1:3]) for one in mine})
+        used = max(one.used for one in mine)
+        rows.append(
+            [
+                stage,
+                f"{len(mine):,}",
+                f"{days:,}",
+                size_text(sum(one.size for one in mine)),
+                f"{(now - used) / 86_400:.1f} days ago",
+                f"{sum(not one.whole for one in mine):,}",
+            ]
+        )
+    columns = ["stage", "artefacts", "symbol days", "size", "last used", "not whole"]
+    return table(f"{title}: {size_text(sum(one.size for one in held))}", columns, rows)
+
+
+def attempt_line(attempt: Mapping[str, Any]) -> str:
+    """How far a run is that is being made, or how far it came."""
+    progress = attempt["progress"]
+    where = f"{progress['stage']}, {progress['done']} of {progress['of']}" if progress else "the beginning"
+    who = f"try {attempt['number']}, process {attempt['pid']} on {attempt['host']}"
+    if attempt["running"]:
+        since = f" {time.time() - progress['at']:.0f} s ago" if progress else ""
+        return f"running: at {where}{since} ({who}, begun {attempt['started_at']})"
+    return f"cut off at {where} ({who}); give the same command again to go on from the finished days"
+
+
+def size_text(size: float) -> str:
+    """Bytes in words: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} GiB"
 
 
 def _reasons(counts: dict[str, int]) -> str:

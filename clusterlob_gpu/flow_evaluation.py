@@ -141,6 +141,16 @@ def flow_tables(bars: pd.DataFrame, plan: FlowPlan) -> dict[str, pd.DataFrame]:
     return tables
 
 
+def flow_ic(bars: pd.DataFrame, plan: FlowPlan) -> pd.DataFrame:
+    """The `ic` table of `flow_tables` alone."""
+    tables = []
+    for symbol, mine in bars.groupby("symbol", sort=True):
+        panel = _panel(mine)
+        signals = flow_signals(list(panel.columns), plan.width_us)
+        tables.append(_with_symbol(ic_table(panel, signals, plan.targets, **plan.sampling), str(symbol)))
+    return judge(pd.concat(tables, ignore_index=True))
+
+
 def _panel(bars: pd.DataFrame) -> pd.DataFrame:
     panel = bars.rename(columns={"bar_ts": "bucket_ts"}).sort_values("bucket_ts", kind="stable")
     months = pd.to_datetime(panel["bucket_ts"], unit="us").dt.strftime("%Y-%m")

@@ -167,12 +167,12 @@ def _lock(out_root: Path, name: str, timeout: float = -1) -> FileLock:
 def append_ledger(out_root: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Append lines to logs/runs.jsonl in one write, under a lock, and flush them to disk.
 
-    A line whose id stands there with status "done" is left out: its run was cut off after it was written.
+    A line whose id and status stand there is left out: its run was cut off after it was written.
     """
     ledger = Path(out_root) / "logs" / "runs.jsonl"
     with _lock(out_root, ".runs.lock"):
-        done = {line.get("id") for line in read_ledger(out_root) if line.get("status") == "done"}
-        new = [line for line in lines if line["id"] not in done]
+        there = {(line.get("id"), line.get("status")) for line in read_ledger(out_root)}
+        new = [line for line in lines if (line["id"], line["status"]) not in there]
         text = "".join(json.dumps(line, default=str) + "\n" for line in new)
         with ledger.open("ab") as file:
             if text and file.tell() and not _ends_line(ledger):

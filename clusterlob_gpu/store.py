@@ -140,8 +140,8 @@ class Store:
         why = self.why(artefact)
         with self._workplace() as folder:
             record = fill(folder)
-            held = {"record": record, "files": _described(folder), "inputs": artefact.plain, "why": why}
-            held["made"] = time.time()
+            held: dict[str, Any] = {"record": record, "files": _described(folder)}
+            held |= {"inputs": artefact.plain, "why": why, "made": time.time()}
             # Read back as every later run will find it.
             text = json.dumps(held, default=str)
             (folder / _RECORD).write_text(text)
@@ -153,13 +153,13 @@ class Store:
         parent, key = artefact.address.rsplit("/", 1)
         if (self.root / artefact.address).entries():
             return "damaged"
-        likes = []
+        likes: list[list[str]] = []
         for entry in (self.root / parent).entries():
             if entry.is_folder and entry.name != key and not entry.name.startswith("."):
                 held = self._held(f"{parent}/{entry.name}")
                 if held is not None:
                     likes.append(_differences(held["inputs"], artefact.plain))
-        return "; ".join(min(likes, key=len)) if likes else "new"
+        return "; ".join(sorted(likes, key=len)[0]) if likes else "new"
 
     @contextmanager
     def _workplace(self) -> Iterator[Path]:

@@ -126,6 +126,14 @@ class ClusterExperiment:
         }
         return Outcome(tables, summary, _headline(tables["ic"]))
 
+    def expected(self, request: ClusterRequest, runs: Sequence[ClusterRun]) -> dict[str, int]:
+        """Every day of the range is reduced, given features and labelled; every window is fitted."""
+        count = sum(len(run.wanted) for run in runs)
+        found = {"book": count, "tail": count, "features": count}
+        if request.models is None:
+            found["fit"] = len(windows(request, request.config)) * len(runs)
+        return found | {"label": count, "mids": count}
+
 
 CLUSTER, LABEL = ClusterExperiment("cluster"), ClusterExperiment("label")
 

@@ -34,10 +34,10 @@ def fit_all(jobs: Sequence[FitJob], stages: Stages) -> list[Fitted | InputError]
 
 def _fit(jobs: Sequence[FitJob], stages: Stages) -> list[Fitted | InputError]:
     bounds = _all_bounds(jobs, stages)
-    starts = _starts(jobs, bounds, stages)
-    able = [n for n, start in enumerate(starts) if not isinstance(start, InputError)]
-    merged = [n for n in able if jobs[n].config.engine == "sklearn"]
-    passed = [n for n in able if n not in merged]
+    begun = _starts(jobs, bounds, stages)
+    starts = {n: start for n, start in enumerate(begun) if not isinstance(start, InputError)}
+    merged = [n for n in starts if jobs[n].config.engine == "sklearn"]
+    passed = [n for n in starts if jobs[n].config.engine != "sklearn"]
     fits: dict[int, Fit] = {}
     tasks = [(jobs[n], bounds[n], starts[n]) for n in merged]
     fits |= zip(merged, stages.map("fit", cluster_days.fit_merged, tasks), strict=True)
@@ -47,13 +47,13 @@ def _fit(jobs: Sequence[FitJob], stages: Stages) -> list[Fitted | InputError]:
     )
     fits |= zip(passed, together, strict=True)
     done: list[Fitted | InputError] = []
-    for n, job in enumerate(jobs):
-        if n in fits:
+    for n, (job, start) in enumerate(zip(jobs, begun, strict=True)):
+        if isinstance(start, InputError):
+            done.append(start)
+        else:
             fitted = cluster_days.save_fit(stages.store, job, fits[n], bounds[n])
             stages.count("fit", fitted.made)
             done.append(fitted)
-        else:
-            done.append(starts[n])
     return done
 
 

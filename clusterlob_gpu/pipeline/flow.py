@@ -113,6 +113,11 @@ class FlowExperiment:
         }
         return Outcome({"features": bars} | tables, summary, _headline(tables["ic"]))
 
+    def expected(self, _: FlowRequest, runs: Sequence[FlowRun]) -> dict[str, int]:
+        """Every day of the range is reduced and cut into bars."""
+        count = sum(len(run.wanted) for run in runs)
+        return {"book": count, "trades": count, "bars": count, "states": count}
+
 
 FLOW = FlowExperiment()
 
@@ -412,7 +417,7 @@ def _large_sets(
     """What is large under the run's unit; with unit = order, beside the same for trades as given."""
     config = request.config
     mine = bars[bars["symbol"] == run.name]
-    found = {config.unit: flow_bars.large_set(mine)}
+    found: dict[str, dict[str, float]] = {config.unit: flow_bars.large_set(mine)}
     if run.name in plain:
         other = plain[run.name]
         both = mine[mine["large_count"].notna()].merge(other[other["large_count"].notna()], on="bar_ts")

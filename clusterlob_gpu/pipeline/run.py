@@ -153,7 +153,10 @@ Run = TypeVar("Run", bound=SymbolRun)
 class Experiment(Protocol[Run]):
     """One kind of run: how a request is checked, and what is computed."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As the ledger calls it."""
+        ...
 
     def check(self, request: RunRequest[Any], bad: Bad) -> list[Run]:
         """The symbols and days of the request; raises InputError where it cannot be met."""
@@ -161,6 +164,10 @@ class Experiment(Protocol[Run]):
 
     def compute(self, request: RunRequest[Any], runs: list[Run], work: Work) -> Outcome:
         """Every result of the checked request."""
+        ...
+
+    def expected(self, request: RunRequest[Any], runs: Sequence[Run], /) -> Mapping[str, int]:
+        """How many artefacts the stages of the range will have, by stage in their order."""
         ...
 
 

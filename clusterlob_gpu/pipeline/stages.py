@@ -86,7 +86,8 @@ class Stages:
         with blaming(tasks, table):
             results = self.map(stage, function, tasks)
         for result in results:
-            for one in result if isinstance(result, list) else [result]:
+            held: list[Any] = result if isinstance(result, list) else [result]
+            for one in held:
                 self.count(stage, one.made)
         return results
 
@@ -172,6 +173,7 @@ def blaming_lake(symbol: str) -> Iterator[None]:
     try:
         yield
     except LakeError as error:
-        if not hasattr(error, "day"):
+        table, day = getattr(error, "table", None), getattr(error, "day", None)
+        if table is None or day is None:
             raise
-        raise BadDaysError({symbol: {(error.table, error.day): error}}) from None
+        raise BadDaysError({symbol: {(table, day): error}}) from None

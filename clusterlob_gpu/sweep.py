@@ -1,0 +1,459 @@
+"""A sweep: many trials over shared stages, each evaluated, all corrected together.
+
+A trial is a point of a grid, or an entry of a list, on top of common settings.  Trials whose features are
+the same form a family: its days are read once, its fits share the passes of k-means, its thresholds one
+pass over the trades.  Trials that differ in nothing that an experiment looks at share its evaluation too.
+A trial that fails is a row of the result, and no other trial's trouble.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from clusterlob_gpu import evaluation
+from clusterlob_gpu.config import (
+    ClusterConfig,
+    FlowConfig,
+    RunConfig,
+    config_hash,
+    first_problem,
+    make_config,
+    read_yaml,
+)
+from clusterlob_gpu.errors import ClusterlobError, ConfigError, InputError
+from clusterlob_gpu.files import Location
+from clusterlob_gpu.output import RunDirectory, append_ledger
+from clusterlob_gpu.pipeline import cluster, flow, trials
+from clusterlob_gpu.pipeline.run import Bad, Clock, RunRequest, Work, watching, without_bad_days
+from clusterlob_gpu.pipeline.stages import PlanEnds, Stages, Tally
+from clusterlob_gpu.pipeline.trials import Evaluated
+from clusterlob_gpu.store import Store
+from clusterlob_gpu.versions import code_version, library_versions
+from clusterlob_gpu.workers import Workers
+
+Kind = Literal["cluster", "flow"]
+CONFIGS: dict[str, type[RunConfig]] = {"cluster": ClusterConfig, "flow": FlowConfig}
+OWN_OF_FLOW = {
+    "quantiles",
+    "threshold_window",
+    "variants",
+    "horizons",
+    "controls",
+    "fee_bps",
+    "slippage_bps",
+    "seed",
+}
+"""Settings in which the trials of one family of the taker-flow experiment may differ."""
+
+
+class SweepFile(BaseModel):
+    """A sweep as its file describes it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    experiments: tuple[Kind, ...] = Field(("cluster",), min_length=1)
+    """What every trial runs; a setting goes to the experiments that know it."""
+    exchange: str
+    symbols: tuple[str, ...] = Field(min_length=1)
+    start: date
+    end: date
+    config: dict[str, Any] = {}
+    """Settings that all trials share."""
+    grid: dict[str, list[Any]] = {}
+    """Values by key; every combination is a trial.  The key `symbols` takes lists of symbols."""
+    trials: list[dict[str, Any]] = []
+    """Further trials, each a set of keys and values."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of a sweep."""
+
+    number: int
+    settings: Mapping[str, Any]
+    """What the grid or the list gives it."""
+    symbols: tuple[str, ...]
+    configs: Mapping[str, RunConfig]
+    """Its config by experiment; none where the settings are not valid."""
+    problem: str | None = None
+
+    @property
+    def id(self) -> str:
+        """Hash of its number and of what it computes."""
+        held = {name: config.resolved() for name, config in self.configs.items()}
+        return config_hash({"n": self.number, "settings": self.settings, "s": self.symbols, "c": held})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRequest:
+    """What the user asked for."""
+
+    lake: Path | Location
+    out: Path
+    file: SweepFile
+    store: Path | Location | None = None
+    backend: str = "cpu"
+
+    @property
+    def artefacts(self) -> Location:
+        """Where the artefacts are."""
+        return Location.of(self.store or self.out.absolute().parent / "store")
+
+    @property
+    def hash(self) -> str:
+        """Hash of what was asked for."""
+        return config_hash({"sweep": self.file.model_dump(mode="json"), "backend": self.backend})
+
+    def run_request(self, config: RunConfig, symbols: Sequence[str]) -> RunRequest[Any]:
+        """The request of a family, under the config of one of its trials."""
+        return RunRequest(
+            lake=self.lake,
+            exchange=self.file.exchange,
+            symbols=tuple(symbols),
+            start=self.file.start,
+            end=self.file.end,
+            out=self.out,
+            store=self.store,
+            config=config,
+            backend=self.backend,
+        )
+
+
+def read_sweep(path: Path) -> SweepFile:
+    """A sweep file; raises ConfigError naming the file and the field."""
+    try:
+        file = SweepFile(**read_yaml(path))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {first_problem(error, SweepFile)}") from None
+    known = {"symbols"}.union(*(CONFIGS[name].model_fields for name in file.experiments))
+    used = [*file.config, *file.grid, *(key for trial in file.trials for key in trial)]
+    unknown = [key for key in used if key not in known]
+    if unknown:
+        raise ConfigError(f"{path}: {unknown[0]}: no such key of {' or '.join(file.experiments)}")
+    empty = [key for key, values in file.grid.items() if not values]
+    if empty:
+        raise ConfigError(f"{path}: grid.{empty[0]}: has no values")
+    return file
+
+
+def make_trials(file: SweepFile) -> list[Trial]:
+    """Every trial of a sweep, the grid first, in the order of its keys and values."""
+    points: list[dict[str, Any]] = []
+    if file.grid or not file.trials:
+        points += [
+            dict(zip(file.grid, values, strict=True)) for values in itertools.product(*file.grid.values())
+        ]
+    points += file.trials
+    return [_trial(file, number, point) for number, point in enumerate(points)]
+
+
+def _trial(file: SweepFile, number: int, point: Mapping[str, Any]) -> Trial:
+    symbols = point.get("symbols", file.symbols)
+    symbols = (symbols,) if isinstance(symbols, str) else tuple(symbols)
+    settings = {**file.config, **{key: value for key, value in point.items() if key != "symbols"}}
+    configs: dict[str, RunConfig] = {}
+    problem = None
+    try:
+        for name in file.experiments:
+            kind = CONFIGS[name]
+            mine = {key: value for key, value in settings.items() if key in kind.model_fields}
+            configs[name] = make_config(mine, (), kind)
+    except ConfigError as error:
+        configs, problem = {}, str(error)
+    return Trial(number, point, symbols, configs, problem)
+
+
+@dataclass
+class Family:
+    """Configs of one experiment that share their features, and the symbols that any trial asks of them."""
+
+    experiment: str
+    configs: list[RunConfig] = field(default_factory=list)
+    symbols: list[str] = field(default_factory=list)
+
+
+def families(made: Sequence[Trial]) -> list[Family]:
+    """The families of the trials, in the order of their first trials."""
+    found: dict[str, Family] = {}
+    for trial in made:
+        for experiment, config in trial.configs.items():
+            family = found.setdefault(_family_key(experiment, config), Family(experiment))
+            if config not in family.configs:
+                family.configs.append(config)
+            family.symbols += [name for name in trial.symbols if name not in family.symbols]
+    return list(found.values())
+
+
+def _family_key(experiment: str, config: RunConfig) -> str:
+    if experiment == "cluster":
+        kept = config.model_dump(mode="json", include={*cluster.FEATURE_KEYS, "on_bad_day"})
+    else:
+        kept = config.model_dump(mode="json", exclude=OWN_OF_FLOW)
+    return config_hash({"experiment": experiment, "config": kept})
+
+
+Results = dict[tuple[str, str, str], Evaluated]
+"""Evaluations by experiment, config hash and symbol."""
+
+
+def run_sweep(request: SweepRequest, workers: Workers) -> Path:
+    """Run every trial and return the output directory; raises only where no trial at all can run."""
+    made, store, clock = make_trials(request.file), Store(request.artefacts), Clock()
+    _check(request, made)
+    store.check_writable()
+    with RunDirectory(request.out, request.hash) as directory, watching(workers, directory):
+        try:
+            stages, bad = Stages(workers, store), Bad()
+            results: Results = {}
+            told: set[int] = set()
+            for family in families(made):
+                results |= _evaluate_family(request, family, stages, clock, bad)
+                ready = [trial for trial in made if trial.number not in told and _is_ready(trial, results)]
+                lines = [_trial_line(request, directory, trial, results, store) for trial in ready]
+                append_ledger(directory.out.parent, lines)
+                told |= {trial.number for trial in ready}
+            with clock.stage("compare"):
+                tests = all_tests(made, results, store)
+                table = trial_table(made, results, tests)
+            directory.write_table("sweep", table)
+            directory.write_table("sweep_ic", tests)
+            summary = _summary(request, table, stages, workers, clock)
+            directory.write_run(summary)
+            end = {"status": "done", "trials": len(made), "failed": int((table["status"] != "done").sum())}
+            directory.publish([_line(request, directory, clock) | end])
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            end = {"status": status, "error": f"{type(error).__name__}: {error}"}
+            with suppress(OSError):  # a full disk must not hide what went wrong first
+                append_ledger(directory.out.parent, [_line(request, directory, clock) | end])
+            raise
+    return request.out
+
+
+def _check(request: SweepRequest, made: Sequence[Trial]) -> None:
+    RunDirectory(request.out, request.hash)
+    if not any(trial.configs for trial in made):
+        raise InputError(f"none of the {len(made)} trials can run: {made[0].problem}")
+
+
+def _evaluate_family(
+    request: SweepRequest, family: Family, stages: Stages, clock: Clock, bad: Bad
+) -> Results:
+    """Evaluations of a family; where the whole family fails, every one says why."""
+    asked = request.run_request(family.configs[0], family.symbols)
+    keys = [
+        (family.experiment, config_hash(config.resolved()), name)
+        for config in family.configs
+        for name in family.symbols
+    ]
+
+    def attempt(bad: Bad) -> list[Evaluated]:
+        parts = _family_parts(asked, family, Work(stages, clock, None, bad))
+        with clock.stage("evaluate"):
+            return stages.make("evaluation", trials.evaluation_artefact, trials.evaluate, parts)
+
+    try:
+        found = without_bad_days(asked, attempt, bad)
+    except ClusterlobError as error:
+        return {key: Evaluated(None, str(error)) for key in keys}
+    return dict(zip(keys, found, strict=True))
+
+
+def _family_parts(asked: RunRequest[Any], family: Family, work: Work) -> list[Any]:
+    """Parts of every config and symbol of a family, symbols within configs."""
+    configs: Any = family.configs
+    if family.experiment == "cluster":
+        runs = cluster.check_cluster(asked, configs, work.bad)
+        rows: Sequence[Sequence[Any]] = cluster.prepare_parts(asked, configs, runs, work)
+    else:
+        rows, _ = flow.prepare_flow(asked, configs, flow.check_flow(asked, work.bad), work)
+    return [part for row in rows for part in row]
+
+
+def plan_sweep(request: SweepRequest, workers: Workers) -> tuple[list[Trial], dict[str, Tally], list[str]]:
+    """Trials, what the store has and lacks of their stages as far as can be told, and what cannot run."""
+    made = make_trials(request.file)
+    _check(request, made)
+    stages, problems = Stages(workers, Store(request.artefacts), planning=True), []
+    for family in families(made):
+        asked = request.run_request(family.configs[0], family.symbols)
+
+        def attempt(bad: Bad, asked: RunRequest[Any] = asked, family: Family = family) -> None:
+            with suppress(PlanEnds):
+                parts = _family_parts(asked, family, Work(stages, Clock(), None, bad))
+                stages.make("evaluation", trials.evaluation_artefact, trials.evaluate, parts)
+
+        try:
+            without_bad_days(asked, attempt)
+        except ClusterlobError as error:
+            problems.append(str(error))
+    return made, stages.tallies, problems
+
+
+# ---- results ------------------------------------------------------------------------------------------
+
+
+def _keys(trial: Trial) -> Iterator[tuple[str, str, str]]:
+    for experiment, config in trial.configs.items():
+        for name in trial.symbols:
+            yield experiment, config_hash(config.resolved()), name
+
+
+def _is_ready(trial: Trial, results: Results) -> bool:
+    return all(key in results for key in _keys(trial))
+
+
+def _problem(trial: Trial, results: Results) -> str | None:
+    """Why a trial has failed; None if it has not."""
+    if trial.problem is not None:
+        return trial.problem
+    return next((results[key].problem for key in _keys(trial) if results[key].made is None), None)
+
+
+def all_tests(made: Sequence[Trial], results: Results, store: Store) -> pd.DataFrame:
+    """ICs of every trial: its number in front, p_fdr and verdict over all distinct tests of the sweep.
+
+    Trials may share tests; a shared test counts once in the correction.
+    """
+    tables = []
+    for number, (key, found) in enumerate(results.items()):
+        table = found.ic(store)
+        if len(table):
+            experiment, _, symbol = key
+            tables.append(table.assign(evaluation=number, experiment=experiment, symbol=symbol))
+    if not tables:
+        return pd.DataFrame({"trial": np.empty(0, np.int64)})
+    table = pd.concat(tables, ignore_index=True)
+    mixed = table["verdict"].eq("mixed")
+    table = evaluation.judge(table.rename(columns={"p_fdr": "p_fdr_alone", "verdict": "verdict_alone"}))
+    table.loc[mixed, "verdict"] = "mixed"
+    number_of = {key: number for number, key in enumerate(results)}
+    of_trials = pd.DataFrame(
+        [(trial.number, number_of[key]) for trial in made for key in _keys(trial) if key in number_of],
+        columns=["trial", "evaluation"],
+    )
+    table = of_trials.merge(table, on="evaluation", how="inner")
+    front = ["trial", "evaluation", "experiment", "symbol"]
+    return table[[*front, *(name for name in table.columns if name not in front)]]
+
+
+_BEST = (
+    "experiment",
+    "symbol",
+    "cluster",
+    "label",
+    "signal",
+    "target",
+    "n",
+    "ic",
+    "rank_ic",
+    "hac_t",
+    "mde",
+    "p_fdr",
+)
+
+
+def trial_table(made: Sequence[Trial], results: Results, tests: pd.DataFrame) -> pd.DataFrame:
+    """A row per trial: settings, status, number of predictive tests, how many stand, and the strongest one.
+
+    "Strongest" is the smallest hac_p of a test that is not thin: picked after looking, so its own p is
+    worth nothing; p_fdr is corrected over all distinct tests of the sweep.
+    """
+    rows = []
+    names = list(dict.fromkeys(key for trial in made for key in trial.settings))
+    for trial in made:
+        problem = _problem(trial, results)
+        mine = tests[tests["trial"] == trial.number] if problem is None else tests.iloc[:0]
+        row: dict[str, Any] = {"trial": trial.number, "id": trial.id}
+        row |= {name: json.dumps(trial.settings[name]) if name in trial.settings else None for name in names}
+        row |= {"status": "done" if problem is None else "failed", "error": problem}
+        rows.append(row | _strongest(mine))
+    return pd.DataFrame(rows)
+
+
+def _strongest(tests: pd.DataFrame) -> dict[str, Any]:
+    if tests.empty:
+        return {"tests": 0, "stand": 0} | dict.fromkeys(f"best_{name}" for name in _BEST)
+    counted = tests[tests["predictive"] & ~tests["thin"].astype(bool) & tests["hac_p"].notna()]
+    found: dict[str, Any] = {
+        "tests": len(counted),
+        "stand": int(counted["verdict"].isin(["positive", "negative"]).sum()),
+    }
+    if counted.empty:
+        return found | dict.fromkeys(f"best_{name}" for name in _BEST)
+    best = counted.iloc[int(np.argmin(counted["hac_p"].to_numpy()))]
+    held = {name: best.get(name) for name in _BEST}
+    return found | {f"best_{name}": None if pd.isna(value) else value for name, value in held.items()}
+
+
+def _line(request: SweepRequest, directory: RunDirectory, clock: Clock) -> dict[str, Any]:
+    return {
+        "id": directory.attempt.id,
+        "experiment": "sweep",
+        "out": str(request.out),
+        "config_hash": request.hash,
+        "symbols": request.file.symbols,
+        "start": request.file.start,
+        "end": request.file.end,
+        "attempts": directory.attempt.number,
+        "seconds": round(clock.seconds, 3),
+    }
+
+
+def _trial_line(
+    request: SweepRequest, directory: RunDirectory, trial: Trial, results: Results, store: Store
+) -> dict[str, Any]:
+    """A trial's line in the ledger; its headline is corrected over the trial alone."""
+    problem = _problem(trial, results)
+    line: dict[str, Any] = {
+        "id": f"{directory.attempt.id}/{trial.id}",
+        "experiment": "+".join(request.file.experiments),
+        "sweep": directory.attempt.id,
+        "trial": trial.number,
+        "settings": dict(trial.settings),
+        "config_hash": trial.id,
+        "symbols": trial.symbols,
+        "start": request.file.start,
+        "end": request.file.end,
+        "status": "done" if problem is None else "failed",
+    }
+    if problem is not None:
+        return line | {"error": problem}
+    tests = pd.concat([results[key].ic(store) for key in _keys(trial)], ignore_index=True)
+    best = _strongest(tests)
+    ic = best["best_ic"]
+    return line | {"tests": best["tests"], "headline": None if ic is None else round(float(ic), 6)}
+
+
+def _summary(
+    request: SweepRequest, table: pd.DataFrame, stages: Stages, workers: Workers, clock: Clock
+) -> dict[str, Any]:
+    return {
+        "experiment": "sweep",
+        "status": "done",
+        "sweep": request.file.model_dump(mode="json"),
+        "config_hash": request.hash,
+        "trials": len(table),
+        "failed": int((table["status"] != "done").sum()),
+        "code": code_version(),
+        "versions": library_versions(),
+        "backend": request.backend,
+        "workers": workers.name,
+        "lake": {"path": str(request.lake)},
+        "store": str(request.artefacts),
+        "artefacts": {name: tally.as_record() for name, tally in stages.tallies.items()},
+        "timings": clock.stages,
+        "seconds": clock.seconds,
+        "started_at": clock.started_at.isoformat(timespec="seconds"),
+    }
