@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
+import pickle
 import random
+import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import lakes
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -36,6 +44,7 @@ from lakes import (
 
 from clusterlob_gpu import quality
 from clusterlob_gpu.errors import LakeError
+from clusterlob_gpu.files import Location
 from clusterlob_gpu.kernels import NO_LEVEL
 from clusterlob_gpu.lake.native import SymbolLake, open_symbol
 from clusterlob_gpu.lake.symbols import decimal_unit, decode, exchange_id, symbol_id
@@ -60,7 +69,7 @@ def only_file(lake: Path, table: str) -> Path:
     return path
 
 
-def rewrite(lake: Path, table: str, change: Callable[[pa.Table], pa.Table], **how: int) -> Path:
+def rewrite(lake: Path, table: str, change: Callable[[pa.Table], pa.Table], **how: Any) -> Path:
     path = only_file(lake, table)
     pq.write_table(change(pq.ParquetFile(path).read()), path, **how)
     return path
@@ -419,6 +428,363 @@ def test_fingerprint__changes_with_content_and_dim_symbol(tmp_path: Path) -> Non
     coarse = replace(market, periods=[PeriodIn(price_increment=0.5)]).write(tmp_path / "one")
     second = opened(coarse).fingerprint("trades", TODAY)
     assert second not in (first, SymbolLake(one.root, one.symbol).fingerprint("trades", TODAY))
+
+
+# ---- what an object has seen -------------------------------------------------------------------------
+
+
+def days_of(lake: SymbolLake, table: str) -> list[date]:
+    return [date.fromisoformat(day) for day in lakes.DAYS if lake.has(table, date.fromisoformat(day))]
+
+
+def test_seen__every_day_looked_at(tmp_path: Path) -> None:
+    lake = opened(lakes.over_midnight(days=3, missing_trades=[1]).write(tmp_path / "lake"))
+    assert lake.seen() == {}
+    lake.has("trades", TOMORROW)
+    lake.read_trades(TODAY)
+    lake.size("quotes", TODAY)
+    assert lake.seen() == {
+        f"quotes {TODAY}": lake.fingerprint("quotes", TODAY),
+        f"trades {TODAY}": lake.fingerprint("trades", TODAY),
+        f"trades {TOMORROW}": None,
+    }
+    assert list(lake.seen()) == sorted(lake.seen())
+
+
+def test_look__sees_what_single_looks_see(tmp_path: Path) -> None:
+    path = lakes.over_midnight(days=4, missing_trades=[2]).write(tmp_path / "lake", parts=3)
+    many, single = opened(path), opened(path)
+    days = [date.fromisoformat(day) for day in lakes.DAYS]
+    for table in ("trades", BOOK, "quotes"):
+        many.look(table, days)
+        for day in days:
+            single.has(table, day)
+    assert many.seen() == single.seen()
+    assert len(many.seen()) == 15
+
+
+def test_look__is_remembered(plain: Path) -> None:
+    """The object answers from what it saw, even when the lake is no longer there."""
+    lake = opened(plain)
+    lake.look("trades", [TODAY, TOMORROW])
+    was = lake.seen(), lake.size("trades", TODAY)
+    plain.rename(plain.with_name("elsewhere"))
+    assert (lake.has("trades", TODAY), lake.has("trades", TOMORROW)) == (True, False)
+    assert (lake.seen(), lake.size("trades", TODAY)) == was
+    with pytest.raises(FileNotFoundError, match="the lake has gone"):
+        lake.has("quotes", TODAY)
+
+
+def test_look__all_days_before_the_first_broken_one_is_told(tmp_path: Path) -> None:
+    path = lakes.over_midnight(days=4).write(tmp_path / "lake")
+    days = [date.fromisoformat(day) for day in lakes.DAYS]
+    for day in days[1:3]:
+        (folder(path, "trades", day) / "part-00000.parquet").write_bytes(b"junk")
+    lake = opened(path)
+    with pytest.raises(LakeError, match="not a readable Parquet file") as caught:
+        lake.look("trades", days)
+    assert fault_of(caught.value) == ("trades", days[1])
+    assert list(lake.seen()) == [f"trades {day}" for day in (days[0], days[3], days[4])]
+
+
+def test_look__threads_agree(tmp_path: Path) -> None:
+    path = lakes.over_midnight(days=4).write(tmp_path / "lake", parts=2)
+    lake, want = opened(path), opened(path)
+    days = [date.fromisoformat(day) for day in lakes.DAYS[:4]]
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lake.read_trades, days * 4))
+    for i, day in enumerate(days):
+        for trades in read[i::4]:
+            assert_same(trades, want.read_trades(day))
+    assert lake.seen() == want.seen()
+
+
+def test_size__rows_and_bytes_of_the_symbol(tmp_path: Path) -> None:
+    market = lakes.plain()
+    decoys = [row._replace(symbol_id=DECOY_ID) for row in market.trades]
+    both = replace(
+        market, trades=[*decoys, *market.trades], periods=[PeriodIn(), PeriodIn(DECOY_ID, name=DECOY)]
+    )
+    lake = both.write(tmp_path / "lake")
+    path = rewrite(lake, "trades", lambda rows: rows, row_group_size=600)
+    whole, mine, other = path.stat().st_size, opened(lake), opened(lake, DECOY)
+    assert (mine.size("trades", TODAY)[0], other.size("trades", TODAY)[0]) == (600, 600)
+    assert whole - 1 <= mine.size("trades", TODAY)[1] + other.size("trades", TODAY)[1] <= whole
+    (book,) = folder(lake, BOOK).glob("*.parquet")
+    assert mine.size(BOOK, TODAY) == (600, book.stat().st_size)
+    assert mine.size(BOOK, TOMORROW) == (0, 0)
+
+
+def test_fingerprint__names_sizes_times_and_ends_of_files(tmp_path: Path) -> None:
+    """By its definition, so that artefacts keep their names; files of another symbol do not count."""
+    market = lakes.plain()
+    path = market.write(tmp_path / "lake", parts=2)
+    other = replace(market, trades=[row._replace(symbol_id=DECOY_ID) for row in market.trades])
+    foreign = only_file(other.write(tmp_path / "other"), "trades")
+    foreign.rename(folder(path, "trades") / "another.parquet")
+    for padded in (False, True):
+        if padded:
+            long = folder(path, "trades") / "part-00001.parquet"
+            table = pq.ParquetFile(long).read()
+            pq.write_table(table, long, row_group_size=2)
+            assert long.stat().st_size > 65_536
+        lake = opened(path)
+        digest = hashlib.sha256(lake.symbol.rows.to_csv().encode())
+        for file in sorted(folder(path, "trades").glob("part*.parquet")):
+            stat = file.stat()
+            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+            digest.update(file.read_bytes()[-65_536:])
+        assert lake.fingerprint("trades", TODAY) == digest.hexdigest()
+
+
+def test_pickle__forgets_what_was_seen(plain: Path) -> None:
+    lake = opened(plain).leaving_out([("quotes", TODAY)])
+    lake.has("trades", TODAY)
+    copy = pickle.loads(pickle.dumps(lake))
+    assert copy.seen() == {f"quotes {TODAY}": None}
+    assert (copy.root, copy.without) == (lake.root, lake.without)
+    assert_same(copy.read_trades(TODAY), lake.read_trades(TODAY))
+    assert len(pickle.dumps(lake)) == len(pickle.dumps(copy))
+    assert lake == SymbolLake(lake.root, lake.symbol, lake.without)
+    assert "_memory" not in repr(lake)
+
+
+def test_leaving_out__as_if_the_day_had_no_rows(tmp_path: Path) -> None:
+    """Every answer is that of a lake without the partition's rows, and the other tables are untouched."""
+    market = lakes.over_midnight(days=3)
+    lake = opened(market.write(tmp_path / "whole"))
+    lake.look("trades", [TODAY, TOMORROW])
+    left = lake.leaving_out([("trades", TODAY)]).leaving_out([("quotes", TOMORROW)])
+    gone = opened(
+        replace(market, trades=[t for t in market.trades if t.ts >= at(1)]).write(tmp_path / "gone")
+    )
+    assert days_of(left, "trades") == days_of(gone, "trades")
+    for got in (left.size, left.fingerprint):
+        assert got("trades", TODAY) == getattr(gone, got.__name__)("trades", TODAY)
+    for read in (left.read_trades, left.read_fills):
+        with pytest.raises(LakeError, match=f"no trades for {EXCHANGE} {SYMBOL} on {TODAY}") as caught:
+            read(TODAY)
+        assert fault_of(caught.value) == ("trades", TODAY)
+    with pytest.raises(LakeError, match=f"no quotes for {EXCHANGE} {SYMBOL} on {TOMORROW}"):
+        left.read_book(TOMORROW, "quotes", 1)
+    assert_same(left.read_book(TODAY, "quotes", 1), lake.read_book(TODAY, "quotes", 1))
+    assert left.seen()[f"trades {TODAY}"] is None
+    assert left.seen()[f"quotes {TOMORROW}"] is None
+    assert left.seen()[f"trades {TOMORROW}"] == lake.seen()[f"trades {TOMORROW}"] is not None
+    assert lake.seen()[f"trades {TODAY}"] is not None
+    assert lake.has("trades", TODAY)
+
+
+# ---- whose fault it is -------------------------------------------------------------------------------
+
+
+def fault_of(error: BaseException) -> tuple[str, date]:
+    """The table and day to leave out, as another process sees them."""
+    copy = pickle.loads(pickle.dumps(error))
+    assert str(copy) == str(error)
+    return copy.table, copy.day
+
+
+READ = {
+    "trades": lambda lake: lake.read_trades(TODAY),
+    "last": lambda lake: lake.read_trades(TODAY, last=5),
+    "fills": lambda lake: lake.read_fills(TODAY),
+    BOOK: lambda lake: lake.read_book(TODAY, BOOK, 5),
+    "quotes": lambda lake: lake.read_book(TODAY, "quotes", 1),
+    "ticker": lambda lake: lake.read_ticker(TODAY, ["funding_rate"]),
+}
+"""Every way to read, by name."""
+TABLE_OF = {"last": "trades", "fills": "trades", "ticker": "derivative_ticker"}
+
+
+@pytest.fixture
+def ticked(plain: Path) -> Path:
+    """The plain lake with a ticker, in row groups of 50, with checksums."""
+    rows = [{"ts_local_us": NOON + i, "symbol_id": 11, "funding_rate": 1e-4} for i in range(600)]
+    kept = pa.Table.from_pylist(rows).append_column("ts_exch_us", pa.array(range(600), pa.int64()))
+    folder(plain, "derivative_ticker").mkdir(parents=True)
+    pq.write_table(kept, folder(plain, "derivative_ticker") / "part.parquet")
+    for table in ("trades", BOOK, "quotes", "derivative_ticker"):
+        rewrite(plain, table, lambda rows: rows, row_group_size=50, write_page_checksum=True, **ZSTD)
+    return plain
+
+
+ZSTD = {"compression": "zstd", "use_dictionary": False}
+
+
+def pages_of(path: Path, columns: tuple[str, ...]) -> list[range]:
+    """Where the last bytes of these columns lie in a file: content, not headers of pages."""
+    meta = pq.read_metadata(path)
+    chunks = [
+        meta.row_group(g).column(c) for g in range(meta.num_row_groups) for c in range(meta.num_columns)
+    ]
+    return [
+        range(end - 12, end)
+        for chunk in chunks
+        if chunk.path_in_schema.startswith(columns)
+        for end in [chunk.data_page_offset + chunk.total_compressed_size]
+    ]
+
+
+@pytest.mark.parametrize("way", READ)
+def test_fault__every_flipped_bit_of_a_page_is_the_days(ticked: Path, way: str) -> None:
+    """The pages' checksums find what Zstandard and the encodings let pass."""
+    table = TABLE_OF.get(way, way)
+    path, rng = only_file(ticked, table), random.Random(1)
+    whole = path.read_bytes()
+    needed = {BOOK: ("bids_", "asks_"), "ticker": ("funding_rate",)}.get(way, ("ts_local_us",))
+    spans = pages_of(path, needed)[-1 if way == "last" else 0 :]
+    READ[way](opened(ticked))
+    for _ in range(40):
+        at_ = rng.choice(rng.choice(spans))
+        path.write_bytes(whole[:at_] + bytes([whole[at_] ^ 1 << rng.randrange(8)]) + whole[at_ + 1 :])
+        with pytest.raises(LakeError, match=r"not a readable Parquet file \(.*\); ingest it again") as caught:
+            READ[way](opened(ticked))
+        assert str(caught.value).startswith(f"{path}: ")
+        assert "\n" not in str(caught.value)
+        assert fault_of(caught.value) == (table, TODAY)
+
+
+@pytest.mark.parametrize("way", ["trades", BOOK, "quotes"])
+def test_fault__flipped_bits_of_a_footer_are_the_days_or_harmless(ticked: Path, way: str) -> None:
+    """No other error, and never the end of the process."""
+    path, rng = only_file(ticked, way), random.Random(2)
+    told: list[tuple[str, date]] = []
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[-8:-4], "little") + 8
+    for _ in range(60):
+        at_ = len(whole) - 1 - rng.randrange(size)
+        path.write_bytes(whole[:at_] + bytes([whole[at_] ^ 1 << rng.randrange(8)]) + whole[at_ + 1 :])
+        try:
+            READ[way](opened(ticked))
+        except LakeError as error:
+            told.append(fault_of(error))
+    assert len(told) > 10
+    assert set(told) == {(way, TODAY)}
+
+
+def test_fault__statistics_of_another_type(plain: Path) -> None:
+    """Arrow would end the process over them."""
+    path = only_file(plain, "trades")
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[-8:-4], "little") + 8
+    told = 0
+    # The metadata of a column follow 0x1c; 0x15 and 4 at their start say int64, 0 says boolean.
+    for found in re.finditer(b"\x1c\x15\x04", whole[-size:]):
+        at_ = len(whole) - size + found.end() - 1
+        path.write_bytes(whole[:at_] + b"\x00" + whole[at_ + 1 :])
+        try:
+            opened(plain).read_trades(TODAY)
+        except LakeError:
+            told += 1
+    assert told >= 4
+
+
+@pytest.mark.parametrize("way", READ)
+@pytest.mark.parametrize("fault", ["column", "another day"])
+def test_fault__wrong_rows_are_the_days(ticked: Path, way: str, fault: str) -> None:
+    table = TABLE_OF.get(way, way)
+
+    def spoil(rows: pa.Table) -> pa.Table:
+        if fault == "column":
+            return rows.drop_columns(["ts_local_us"])
+        moved = pc.add(rows["ts_local_us"], lakes.DAY)
+        return rows.set_column(rows.column_names.index("ts_local_us"), "ts_local_us", moved)
+
+    path = rewrite(ticked, table, spoil)
+    text = {"column": "column ts_local_us is missing", "another day": "not the day 2024-02-28"}[fault]
+    with pytest.raises(LakeError, match=f"{path}: .*{text}") as caught:
+        READ[way](opened(ticked))
+    assert fault_of(caught.value) == (table, TODAY)
+
+
+def test_fault__lake_errors_of_trades_too_large_and_absent_days(tmp_path: Path) -> None:
+    lake = opened(write_lake(tmp_path, trades=[TradeIn(NOON, BUY, 2**31, 2**31)]))
+    for day in (TODAY, TOMORROW):
+        with pytest.raises(LakeError) as caught:
+            lake.read_trades(day)
+        assert fault_of(caught.value) == ("trades", day)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOENT, errno.ESTALE])
+@pytest.mark.parametrize("way", READ)
+def test_fault__file_that_cannot_be_reached_is_not_the_days(
+    ticked: Path, way: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither when a day is looked at nor when it is read."""
+    lake, table = opened(ticked), TABLE_OF.get(way, way)
+    path = only_file(ticked, table)
+
+    def refuse(where: Location) -> None:
+        raise OSError(number, "refused", str(where))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Location, "open", refuse)
+        for act in (
+            lambda: lake.has(table, TODAY),
+            lambda: lake.look(table, [TODAY]),
+            lambda: READ[way](lake),
+        ):
+            with pytest.raises(OSError, match=f"refused: '{path}'") as caught:
+                act()
+            assert caught.value.errno == number
+    assert lake.seen() == {}
+    lake.look(table, [TODAY])
+    monkeypatch.setattr(Location, "open", refuse)
+    with pytest.raises(OSError, match="refused"):
+        READ[way](lake)
+
+
+@pytest.mark.parametrize("way", READ)
+def test_fault__error_of_the_disk_in_the_middle_is_not_the_days(
+    ticked: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow passes on what its source raises."""
+    lake, table = opened(ticked), TABLE_OF.get(way, way)
+    lake.look(table, [TODAY])
+    monkeypatch.setattr(Location, "open", lambda where: pa.PythonFile(Failing(where), "r"))
+    with pytest.raises(OSError, match=r"\[Errno 5\] .*\.parquet'") as caught:
+        READ[way](lake)
+    assert caught.value.errno == errno.EIO
+
+
+class Failing(io.BytesIO):
+    """A file of the right size on a disk that fails."""
+
+    def __init__(self, where: Location) -> None:
+        super().__init__(where.read())
+
+    def read(self, *_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_fault__folder_in_place_of_a_file(plain: Path) -> None:
+    path = only_file(plain, "trades")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match=f"is a directory: '{path}'"):
+        opened(plain).has("trades", TODAY)
+
+
+@pytest.mark.parametrize("way", READ)
+def test_fault__file_that_changes_under_a_run(ticked: Path, way: str) -> None:
+    """What was seen is what is read: nothing of another file passes under its fingerprint."""
+    lake, table = opened(ticked), TABLE_OF.get(way, way)
+    READ[way](lake)
+    path = rewrite(ticked, table, lambda rows: rows.slice(0, 500))
+    with pytest.raises(OSError, match=f"has changed while it was in use; run again: '{path}'") as caught:
+        READ[way](lake)
+    assert caught.value.errno == errno.ESTALE
+    assert not isinstance(caught.value, LakeError)
+    READ[way](opened(ticked))
+
+
+def test_fault__broken_dim_symbol(plain: Path) -> None:
+    path = plain / "dim_symbol.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(LakeError, match=f"{path}: not a readable Parquet file") as caught:
+        opened(plain)
+    assert not hasattr(caught.value, "day")
 
 
 # ---- the check --------------------------------------------------------------------------------------

@@ -250,7 +250,7 @@ class SymbolLake:
         parts = self._look("derivative_ticker", day).parts
         # Some lakes keep no file and line for this table: then time alone orders it.
         there = parts[0].meta.schema.to_arrow_schema().names if parts else []
-        order = tuple(name for name in _ORDER if name in there)
+        order = ("ts_local_us", *(name for name in _ORDER[1:] if name in there))
         return self._gather("derivative_ticker", day, self._scalars(parts, day, names, order))
 
     def read_book(self, day: date, table: str, depth: int) -> BookRows:
