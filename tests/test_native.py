@@ -698,6 +698,39 @@ def test_fault__wrong_rows_are_the_days(ticked: Path, way: str, fault: str) -> N
     assert fault_of(caught.value) == (table, TODAY)
 
 
+@pytest.mark.parametrize(
+    ("way", "column", "kind"),
+    [
+        *(
+            ("trades", name, kind)
+            for name in ("price_int", "ts_local_us")
+            for kind in (pa.float64(), pa.string())
+        ),
+        ("trades", "symbol_id", pa.string()),
+        ("quotes", "bid_sz_int", pa.float64()),
+        (BOOK, "asks_sz", pa.list_(pa.float64())),
+        (BOOK, "bids_px", pa.int64()),
+        ("ticker", "funding_rate", pa.string()),
+    ],
+)
+def test_fault__columns_of_another_type_are_the_days(
+    ticked: Path, way: str, column: str, kind: pa.DataType
+) -> None:
+    """No fraction is cut off and no text taken for a number."""
+    table = TABLE_OF.get(way, way)
+
+    def retype(rows: pa.Table) -> pa.Table:
+        values = rows[column].combine_chunks()
+        other = pa.array(range(len(rows)), kind) if kind == pa.int64() else values.cast(kind)
+        return rows.set_column(rows.column_names.index(column), column, other)
+
+    path = rewrite(ticked, table, retype)
+    with pytest.raises(LakeError, match=f"column {column} is .*, it must be .*; ingest it again") as caught:
+        READ[way](opened(ticked))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert fault_of(caught.value) == (table, TODAY)
+
+
 def test_fault__lake_errors_of_trades_too_large_and_absent_days(tmp_path: Path) -> None:
     lake = opened(write_lake(tmp_path, trades=[TradeIn(NOON, BUY, 2**31, 2**31)]))
     for day in (TODAY, TOMORROW):

@@ -33,7 +33,7 @@ from clusterlob_gpu.files import Entry, Location, parquet_faults
 from clusterlob_gpu.lake import manifest
 from clusterlob_gpu.lake.layout import day_start_us
 from clusterlob_gpu.lake.symbols import DIM_SYMBOL_FILE, Symbol, find_symbol
-from clusterlob_gpu.schema import NO_ID, US_PER_DAY, BookRows, Fills, Trades
+from clusterlob_gpu.schema import LAKE_TABLES, NO_ID, US_PER_DAY, BookRows, Fills, Trades
 
 _LOOKERS = 16
 """Threads that look at days: an object store answers slowly, but many at a time."""
@@ -43,6 +43,7 @@ _SNAPSHOT_BATCH = 16_384
 _WIDEST = (-(2**63), 2**63 - 1)
 _TRADE_COLUMNS = ["side", "price_int", "qty_int"]
 _ORDER = ("ts_local_us", "file_id", "file_line_number")
+_FLOATS = {f.name for f in LAKE_TABLES["derivative_ticker"] if pa.types.is_floating(f.type)}
 
 
 def days_between(first: date, last: date) -> list[date]:
@@ -220,7 +221,7 @@ class SymbolLake:
                 found.append(group)
                 continue
             ids = _parquet(where, source, meta).read_row_group(group, columns=["symbol_id"])["symbol_id"]
-            if pc.any(pc.is_in(ids, pa.array(wanted, pa.int64()))).as_py():
+            if np.isin(_int_column(ids, where, "symbol_id"), wanted).any():
                 found.append(group)
         return found
 
@@ -347,6 +348,9 @@ class SymbolLake:
             with _opened(part, [*plain, *_LISTS]) as file:
                 table = file.read_row_groups(part.row_groups, columns=plain, use_threads=False)
                 chunk = {name: _int_column(table[name], part.where, name) for name in plain}
+                for name in _LISTS:
+                    kind = file.schema_arrow.field(name).type
+                    _expect(_lists_integers(kind), kind, "list of integers", part.where, name)
                 chunk |= _reduced(file, part.row_groups, len(table), depth)
             yield self._normalise(self._filtered(chunk), part.where, day)
 
@@ -473,17 +477,23 @@ def _bounds(meta: pq.FileMetaData, group: int, leaf: int) -> tuple[int, int]:
     chunk = meta.row_group(group).column(leaf)
     if chunk.physical_type != meta.schema.column(leaf).physical_type:
         return _WIDEST  # a damaged footer: Arrow ends the process over its statistics, not over its pages
-    stats = chunk.statistics
-    return (stats.min, stats.max) if stats is not None and stats.has_min_max else _WIDEST
+    stats = chunk.statistics if chunk.physical_type in ("INT32", "INT64") else None
+    return (stats.min_raw, stats.max_raw) if stats is not None and stats.has_min_max else _WIDEST
 
 
 def _column(column: pa.ChunkedArray, where: Location, name: str) -> np.ndarray:
     """A flat column as NumPy: trade ids as numbers, floats with NaN for null, integers as int64."""
     if name == "trade_id":
         return numeric_ids(column)
-    if pa.types.is_floating(column.type):
+    if name in _FLOATS:
+        _expect(pa.types.is_floating(column.type), column.type, "float", where, name)
         return column.to_numpy().astype(np.float64, copy=False)
     return _int_column(column, where, name)
+
+
+def _expect(ok: bool, kind: pa.DataType, wanted: str, where: Location, name: str) -> None:
+    if not ok:
+        raise LakeError(f"{where}: column {name} is {kind}, it must be {wanted}; ingest it again")
 
 
 def numeric_ids(ids: pa.ChunkedArray) -> np.ndarray:
@@ -497,6 +507,7 @@ def numeric_ids(ids: pa.ChunkedArray) -> np.ndarray:
 
 def _int_column(column: pa.ChunkedArray, where: Location, name: str) -> np.ndarray:
     """An integer column as int64; nulls become NO_LEVEL (allowed in quotes only)."""
+    _expect(pa.types.is_integer(column.type), column.type, "integer", where, name)
     if column.null_count:
         if _UNITS.get(name) is None or name in ("price_int", "qty_int"):
             raise LakeError(f"{where}: column {name} has {column.null_count} nulls; it may have none")
@@ -519,6 +530,11 @@ def _reduced(file: pq.ParquetFile, groups: list[int], rows: int, depth: int) -> 
             start = stop
     del found["unused"]
     return found
+
+
+def _lists_integers(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list and pa.types.is_integer(kind.value_type)
 
 
 def _list_buffers(lists: pa.Array) -> tuple[np.ndarray, np.ndarray]:
