@@ -67,11 +67,15 @@ def _artefact_table(made: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{held['there']:,}",
             f"{held['made']:,}",
             size_text(held["bytes"]),
-            _few([f"{why} ({count})" for why, count in held["why"].items()]),
+            _because(held["why"]),
         ]
         for name, held in made.items()
     ]
     return table("artefacts of days", ["stage", "reused", "made", "size", "made because"], rows)
+
+
+def _because(why: Mapping[str, int]) -> str:
+    return _few([f"{reason} ({count})" for reason, count in why.items()])
 
 
 def plan_tables(plan: Plan) -> list[Table]:
@@ -92,12 +96,12 @@ def plan_tables(plan: Plan) -> list[Table]:
     columns = ["symbol", "days", "from", "gaps", "trades", "book rows", "in the lake", "largest task"]
     tables = [table(f"plan of run {plan.experiment}", columns, symbols)]
     stages = [
-        [stage.stage, f"{stage.there:,}", f"{stage.missing:,}"]
+        [stage.stage, f"{stage.there:,}", f"{stage.missing:,}", _because(stage.why)]
         if stage.known
-        else [stage.stage, "not known yet", f"up to {stage.missing:,}"]
+        else [stage.stage, "not known yet", f"up to {stage.missing:,}", ""]
         for stage in plan.stages
     ]
-    tables.append(table("artefacts of days", ["stage", "there", "to be made"], stages))
+    tables.append(table("artefacts of days", ["stage", "there", "to be made", "because"], stages))
     if plan.left_out:
         tables.append(table("days left out", ["day"], [[text] for text in plan.left_out]))
     return tables
@@ -129,8 +133,12 @@ def sweep_plan_tables(
         for trial in trials
     ]
     tables = [table(f"{len(trials)} trials", ["trial", "settings", "symbols", "cannot run"], rows)]
-    stages = [[name, f"{tally.there:,}", f"{tally.missing:,}"] for name, tally in tallies.items()]
-    tables.append(table("artefacts, as far as can be told", ["stage", "there", "to be made"], stages))
+    stages = [
+        [name, f"{tally.there:,}", f"{tally.missing:,}", _because(tally.why)]
+        for name, tally in tallies.items()
+    ]
+    columns = ["stage", "there", "to be made", "because"]
+    tables.append(table("artefacts, as far as can be told", columns, stages))
     if problems:
         tables.append(table("trials that cannot run", ["why"], [[text] for text in problems]))
     return tables

@@ -113,13 +113,9 @@ class Store:
 
     def _held(self, address: str) -> dict[str, Any] | None:
         """Content of a record; None where there is none that can be read."""
-        try:
-            held = json.loads((self.root / address / _RECORD).read())
-            return held if {"files", "record", "inputs"} <= set(held) else None
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError, NotADirectoryError):
-            return None
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return _parsed((self.root / address / _RECORD).read())
+        return None
 
     def _local(self, address: str) -> Path | None:
         return None if self.root.path is None else self.root.path / address
@@ -150,13 +146,13 @@ class Store:
 
     def why(self, artefact: Artefact) -> str:
         """Why an artefact that was not found has to be made: in what it differs from its like."""
-        parent, key = artefact.address.rsplit("/", 1)
-        if (self.root / artefact.address).entries():
-            return "damaged"
         likes: list[list[str]] = []
-        for entry in (self.root / parent).entries():
-            if entry.is_folder and entry.name != key and not entry.name.startswith("."):
-                held = self._held(f"{parent}/{entry.name}")
+        with suppress(OSError):  # others may be writing here; this is but an explanation
+            if (self.root / artefact.address).entries():
+                return "damaged"
+            parent, key = artefact.address.rsplit("/", 1)
+            for entry in (self.root / parent).entries():
+                held = self._held(f"{parent}/{entry.name}") if entry.is_folder and entry.name != key else None
                 if held is not None:
                     likes.append(_differences(held["inputs"], artefact.plain))
         return "; ".join(sorted(likes, key=len)[0]) if likes else "new"
@@ -320,9 +316,17 @@ def _made(address: str, held: Mapping[str, Any], why: str | None) -> Made:
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):
-        held: dict[str, Any] = json.loads((folder / _RECORD).read_text())
-        return held
+    with suppress(OSError):
+        return _parsed((folder / _RECORD).read_bytes())
+    return None
+
+
+def _parsed(content: bytes) -> dict[str, Any] | None:
+    """A record; None where the bytes are none."""
+    with suppress(ValueError, TypeError):
+        held = json.loads(content)
+        if isinstance(held, dict) and {"files", "record", "inputs"} <= set(held):
+            return held
     return None
 
 

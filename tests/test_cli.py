@@ -165,6 +165,8 @@ def test_job_that_fails__exit_code_1(
 
 # ---- runs -------------------------------------------------------------------------------------------
 
+STAGES = ("book", "tail", "features", "sample", "fit", "label", "mids")
+
 
 def result_files(out: Path) -> list[str]:
     return sorted(
@@ -192,6 +194,7 @@ def test_run_cluster__leaves_what_the_specification_lists(script: Run, lake: Pat
         *(f"results/trade_features.parquet/{SYMBOL}-{day}.parquet" for day in DAYS[:2]),
     ]
     assert {path.name for path in one.iterdir()} == {
+        "inputs.json",
         "model.json",
         "plots",
         "report.html",
@@ -203,7 +206,7 @@ def test_run_cluster__leaves_what_the_specification_lists(script: Run, lake: Pat
     assert record["status"] == "done"
     assert record["config"]["window"] == 20
     assert record["rows"][SYMBOL]["trades"] == 1_200
-    assert record["rows"][SYMBOL]["reused_artefacts"] == 0
+    assert {stage: held["there"] for stage, held in record["artefacts"].items()} == dict.fromkeys(STAGES, 0)
     buckets = pd.read_parquet(one / "results" / "buckets.parquet")
     assert len(buckets) == 2 * 288 * 4
     (line,) = (tmp_path / "runs" / "logs" / "runs.jsonl").read_text().splitlines()
@@ -223,9 +226,19 @@ def test_run_cluster__second_time_reuses_and_agrees(clusterlob: Run, lake: Path,
     for out in outs:
         assert clusterlob("run", "cluster", *asked(lake, out), *SMALL)[0] == 0
     assert_same_results(*outs)
-    rows = [json.loads((out / "run.json").read_text())["rows"][SYMBOL] for out in outs]
-    assert [row.pop("reused_artefacts") for row in rows] == [0, 4]
-    assert rows[0] == rows[1]
+    records = [json.loads((out / "run.json").read_text()) for out in outs]
+    assert records[0]["rows"] == records[1]["rows"]
+    first, second = (record["artefacts"] for record in records)
+    assert first["features"] == {
+        "there": 0,
+        "made": 2,
+        "bytes": first["features"]["bytes"],
+        "why": {"new": 2},
+    }
+    assert {stage: held["made"] for stage, held in second.items()} == {
+        stage: 0 for stage in STAGES if stage != "sample"
+    }
+    assert all(second[stage]["there"] == first[stage]["made"] for stage in second)
     assert len((tmp_path / "logs" / "runs.jsonl").read_text().splitlines()) == 2
 
 

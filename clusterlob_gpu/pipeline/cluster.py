@@ -34,6 +34,7 @@ from clusterlob_gpu.pipeline.run import (
     check_range,
     execute,
     missing_notes,
+    open_lake,
 )
 from clusterlob_gpu.pipeline.stages import Stages
 from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES
@@ -577,6 +578,8 @@ def label(request: ClusterRequest, workers: Workers) -> Path:
 
 def labelling_request(request: ClusterRequest) -> ClusterRequest:
     """The request with the models of its symbols alone and with their settings of the fit."""
+    for name in request.symbols:
+        open_lake(request, name, {})  # an unknown symbol is the lake's matter before it is the model's
     models = {name: _model_for(request, name) for name in request.symbols}
     settled = request.config.model_copy(update=_fitted_settings(request, list(models.values())))
     return replace(request, models=models, config=settled)

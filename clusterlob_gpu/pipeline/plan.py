@@ -47,6 +47,8 @@ class StagePlan:
     stage: str
     there: int
     missing: int
+    why: dict[str, int] = field(default_factory=dict)
+    """How many are missing for which reason."""
     known: bool = True
 
 
@@ -82,7 +84,9 @@ def plan_run(request: RunRequest[RunConfig], experiment: Experiment[Any], worker
         return runs, stages.tallies
 
     runs, tallies = without_bad_days(request, attempt, bad)
-    found = {name: StagePlan(name, tally.there, tally.missing) for name, tally in tallies.items()}
+    found = {
+        name: StagePlan(name, tally.there, tally.missing, dict(tally.why)) for name, tally in tallies.items()
+    }
     later = {
         name: StagePlan(name, 0, count, known=False)
         for name, count in experiment.expected(request, runs).items()

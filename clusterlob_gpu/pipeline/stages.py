@@ -98,11 +98,12 @@ class Stages:
         name: Callable[[Item], Artefact | Sequence[Artefact] | None],
         tasks: Sequence[Item],
     ) -> None:
-        found = self.map(f"{stage} there", partial(_is_there, self.store, name), tasks)
-        wanted = [there for one in found for there in one]
-        tally.missing = wanted.count(False)
+        found = self.map(f"{stage} there", partial(_absences, self.store, name), tasks)
+        wanted = [why for one in found for why in one]
+        tally.why.update(why for why in wanted if why is not None)
+        tally.missing = tally.why.total()
         if tally.missing:
-            tally.there += wanted.count(True)
+            tally.there += wanted.count(None)
             raise PlanEnds
 
     def find(self, stage: str, artefact: Artefact) -> Made | None:
@@ -111,7 +112,9 @@ class Stages:
         if found is not None:
             self.count(stage, found)
         elif self.planning:
-            self.tallies.setdefault(stage, Tally()).missing += 1
+            tally = self.tallies.setdefault(stage, Tally())
+            tally.missing += 1
+            tally.why[self.store.why(artefact)] += 1
         return found
 
     def end_of_plan(self) -> None:
@@ -132,10 +135,11 @@ class Stages:
             tally.why[made.why] += 1
 
 
-def _is_there(store: Store, name: Callable[[Any], Any], task: Any) -> list[bool]:
+def _absences(store: Store, name: Callable[[Any], Any], task: Any) -> list[str | None]:
+    """Why each artefact of a task has to be made; None for one that is there."""
     named = name(task)
     artefacts = [] if named is None else [named] if isinstance(named, Artefact) else named
-    return [store.find(artefact) is not None for artefact in artefacts]
+    return [store.why(one) if store.find(one) is None else None for one in artefacts]
 
 
 @contextmanager
