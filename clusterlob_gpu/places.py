@@ -197,11 +197,7 @@ class SlurmDriver(_Model):
 
 
 class SlurmPlace(_Gpus, DaskPlace):
-    """Jobs of a SLURM queue, each with one or several workers.
-
-    A job that ends at its walltime, is preempted or lost is replaced by a new one; jobs of more than one
-    process are not, so let a job have one GPU where the site allows.
-    """
+    """Jobs of a SLURM queue, each with one or several workers; one that ends or is lost is replaced."""
 
     kind: Literal["slurm"] = "slurm"
     worker_command: Literal["dask_cuda.cli", "distributed.cli.dask_worker"] = "dask_cuda.cli"

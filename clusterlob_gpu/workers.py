@@ -6,6 +6,7 @@ in the order of the arguments, whatever the order in which they finish, and whic
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import platform
 import subprocess
@@ -266,9 +267,40 @@ def _start_slurm(running: ExitStack, place: SlurmPlace) -> Any:
     dask_jobqueue = import_extra("dask_jobqueue", "cluster")
     cluster = running.enter_context(dask_jobqueue.SLURMCluster(**place.options()))
     _test_job(cluster.job_script())
+    if place.processes > 1:
+        _forget_ended_jobs(cluster)
     # Adaptive even where the number is fixed: this is what replaces jobs that end.
     cluster.adapt(minimum_jobs=place.min_jobs, maximum_jobs=place.max_jobs, wait_count=_IDLE_S)
     return cluster
+
+
+def _forget_ended_jobs(cluster: Any) -> None:
+    """Let a job be replaced once all its workers are gone, as Dask itself does for jobs of one worker."""
+    import dask
+    from dask.utils import parse_timedelta
+    from distributed import SchedulerPlugin
+
+    # A worker that is merely restarted comes back within this time.
+    delay_s = parse_timedelta(dask.config.get("distributed.deploy.lost-worker-timeout"))
+    arrived: set[str] = set()
+
+    def present() -> set[str]:
+        """Jobs of the connected workers: these are named JOB-0, JOB-1, ..."""
+        return {str(worker.name).rpartition("-")[0] for worker in cluster.scheduler.workers.values()}
+
+    def forget() -> None:
+        for job in arrived - present():
+            arrived.discard(job)
+            cluster.workers.pop(job, None)
+
+    class ForgetEndedJobs(SchedulerPlugin):
+        def add_worker(self, *_: Any, **__: Any) -> None:
+            arrived.update(present())
+
+        def remove_worker(self, *_: Any, **__: Any) -> None:
+            asyncio.get_running_loop().call_later(delay_s, forget)
+
+    cluster.scheduler.add_plugin(ForgetEndedJobs())
 
 
 def _test_job(script: str) -> None:

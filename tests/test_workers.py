@@ -161,7 +161,8 @@ def wait_until(true: Callable[[], object], seconds: float = 30) -> None:
 
 def leave_process_number(folder: Path, x: int) -> int:
     """Writes down which process works on an item, so that the test can kill it meanwhile."""
-    (folder / f"{x}.pid").write_text(str(os.getpid()))
+    with (folder / f"{x}.pid").open("a") as file:
+        file.write(f"{os.getpid()} ")
     time.sleep(0.5)
     return x * x
 
@@ -180,7 +181,7 @@ def sleep(seconds: float) -> float:
 
 def pid_in(file: Path) -> int:
     wait_until(lambda: file.exists() and file.read_text())
-    return int(file.read_text())
+    return int(file.read_text().split()[0])
 
 
 def is_alive(pid: int) -> bool:
@@ -190,13 +191,20 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_local__a_killed_worker_changes_no_result(tmp_path: Path) -> None:
-    killer = threading.Thread(target=lambda: os.kill(pid_in(tmp_path / "2.pid"), signal.SIGKILL))
-    with open_workers(LocalPlace(), lambda *_: None) as workers:
+def test_local__a_killed_worker_changes_no_result_and_undoes_none(tmp_path: Path) -> None:
+    def kill_one() -> None:
+        worker = pid_in(tmp_path / "2.pid")
+        # By now the results of 0 and 1 are fetched.
+        time.sleep(0.2)
+        os.kill(worker, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    with open_workers(LocalPlace(n_workers=1), lambda *_: None) as workers:
         killer.start()
-        found = workers.map("kill one", partial(leave_process_number, tmp_path), range(6))
+        found = workers.map("kill one", partial(leave_process_number, tmp_path), range(5))
         killer.join()
-    assert found == [x * x for x in range(6)]
+    assert found == [x * x for x in range(5)]
+    assert [len((tmp_path / f"{x}.pid").read_text().split()) for x in range(5)] == [1, 1, 2, 1, 1]
 
 
 def test_local__a_task_that_kills_its_workers_fails_alone() -> None:
