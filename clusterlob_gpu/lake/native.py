@@ -516,18 +516,23 @@ def _int_column(column: pa.ChunkedArray, where: Location, name: str) -> np.ndarr
 
 
 def _reduced(file: pq.ParquetFile, groups: list[int], rows: int, depth: int) -> dict[str, np.ndarray]:
-    """First entries and depth sums of the list columns, batch by batch."""
-    found = {name: np.empty(rows, np.int64) for names in _LISTS.values() for name in names}
-    start = 0
-    for group in groups:  # one by one: what is buffered for a reader stays until it ends
-        for batch in file.iter_batches(_SNAPSHOT_BATCH, [group], list(_LISTS), use_threads=False):
-            stop = start + len(batch)
-            for name, (best, total) in _LISTS.items():
-                offsets, values = _list_buffers(batch[name])
-                kernels.reduce_levels(
-                    offsets, values, depth, found[best][start:stop], found[total][start:stop]
-                )
-            start = stop
+    """First entries and depth sums of the list columns; ArrowInvalid unless they have `rows` rows."""
+    found = _concatenated(
+        [
+            _reduced_batch(batch, depth)
+            for group in groups  # one by one: what is buffered for a reader stays until it ends
+            for batch in file.iter_batches(_SNAPSHOT_BATCH, [group], list(_LISTS), use_threads=False)
+        ]
+    )
+    if len(found["bid"]) != rows:
+        raise pa.ArrowInvalid(f"{len(found['bid'])} rows of lists beside {rows} of the other columns")
+    return found
+
+
+def _reduced_batch(batch: pa.RecordBatch, depth: int) -> dict[str, np.ndarray]:
+    found = {name: np.empty(len(batch), np.int64) for names in _LISTS.values() for name in names}
+    for name, (best, total) in _LISTS.items():
+        kernels.reduce_levels(*_list_buffers(batch[name]), depth, found[best], found[total])
     del found["unused"]
     return found
 
