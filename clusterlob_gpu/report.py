@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from clusterlob_gpu import flow_report, page, pictures
+from clusterlob_gpu import flow_report, page, pictures, sweep_report
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.findings import HEADLINE_SIGNAL, HEADLINE_TARGET, MIXED, findings
@@ -23,7 +23,9 @@ from clusterlob_gpu.pictures import SIDES, View
 from clusterlob_gpu.schema import ALL_CLUSTERS, FEATURES, Z_FEATURES
 
 EXPERIMENTS = ("cluster", "label")
-"""Runs that leave the tables shown here; those of `flow_report` are passed on to it."""
+"""Runs that leave the tables shown here."""
+_PASSED_ON = {report.EXPERIMENT: report for report in (flow_report, sweep_report)}
+"""Reports of other experiments' runs."""
 
 _CAPTIONS = {
     "centroids": "Mean z-score of each feature in each cluster.",
@@ -69,7 +71,7 @@ def read_run(out: Path) -> tuple[dict[str, Any], list[View]]:
     """
     info = page.read_info(out)
     if info.get("experiment") not in EXPERIMENTS:
-        found, known = info.get("experiment"), ", ".join([*EXPERIMENTS, flow_report.EXPERIMENT])
+        found, known = info.get("experiment"), ", ".join([*EXPERIMENTS, *_PASSED_ON])
         raise InputError(
             f"{Path(out) / 'run.json'}: experiment = {found!r}; only runs of {known} can be shown"
         )
@@ -227,8 +229,9 @@ def console_tables(out: Path) -> list[Table]:
 
     Raises InputError as `read_run`.
     """
-    if page.read_info(out).get("experiment") == flow_report.EXPERIMENT:
-        return flow_report.console_tables(out)
+    other = _PASSED_ON.get(page.read_info(out).get("experiment"))
+    if other is not None:
+        return other.console_tables(out)
     info, views = read_run(Path(out))
     sample = info["sample"].replace("_", " ")
     tables = []
@@ -261,8 +264,9 @@ def render_run(out: Path) -> list[Path]:
     Raises InputError as `read_run`.
     """
     out = Path(out)
-    if page.read_info(out).get("experiment") == flow_report.EXPERIMENT:
-        return flow_report.render(out)
+    other = _PASSED_ON.get(page.read_info(out).get("experiment"))
+    if other is not None:
+        return other.render(out)
     info, views = read_run(out)
     written: list[Path] = []
     sections = []
