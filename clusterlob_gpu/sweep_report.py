@@ -334,8 +334,7 @@ def _standing_words(view: SweepView) -> list[str]:
     more = "; and others" if len(kinds) > 5 else ""
     stand = "1 stands" if len(sure) == 1 else f"{len(sure):,} stand"
     return [
-        f"{stand} after {corrected}; {before}. The strongest, "
-        f"each at the setting that suits it best: {listed}{more}."
+        f"{stand} after {corrected}; {before}. The strongest, each where its p is smallest: {listed}{more}."
     ]
 
 
