@@ -95,6 +95,7 @@ class _Outcomes(Generic[Result]):
         """Keep the result of an item, or its error; raises an error that concerns all items."""
         try:
             self.results[index] = result()
+            self.failed.pop(index, None)
         except (LakeError, WorkerLostError) as error:
             self.failed[index] = error
         except MemoryError as error:
@@ -106,6 +107,11 @@ class _Outcomes(Generic[Result]):
     @property
     def done(self) -> int:
         return len(self.results) + len(self.failed)
+
+    @property
+    def lost(self) -> list[int]:
+        """Items whose worker died or had no memory left."""
+        return [index for index, error in self.failed.items() if isinstance(error, WorkerLostError)]
 
     def in_order(self) -> list[Result]:
         """All results; raises TasksFailed if some item has none."""
@@ -172,28 +178,38 @@ class _Dask:
         return client
 
     def map(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        from distributed import as_completed
-
         self.progress(stage, 0, len(items))
         if not items:
             return []
-        client = self.client
         outcomes = _Outcomes[Result](stage, len(items))
-        with self._scheduler_watched(client):
-            task = _Task(function, environment())
-            futures = client.map(task, items, pure=False, key=stage.replace(" ", "-"))
-            waiting = {future: i for i, future in enumerate(futures)}
-            del futures
-            try:
-                for future in as_completed(waiting, loop=client.loop):
-                    outcomes.add(waiting.pop(future), partial(_result, stage, future))
-                    # What has been fetched is let go, or Dask would compute it again for a lost worker.
-                    future.release()
-                    self.progress(stage, outcomes.done, len(items))
-            finally:
-                if client.status == "running":
-                    client.cancel(list(waiting), force=True)
+        with self._scheduler_watched(self.client):
+            self._compute(outcomes, function, dict(enumerate(items)))
+            if self.place.threads_per_worker > 1:
+                # Tasks that share a worker share its memory and its end: alone, only who is at fault fails.
+                for index in outcomes.lost:
+                    self._compute(outcomes, function, {index: items[index]})
         return outcomes.in_order()
+
+    def _compute(
+        self, outcomes: _Outcomes[Result], function: Callable[[Item], Result], items: Mapping[int, Item]
+    ) -> None:
+        """Add the outcomes of some items of a stage, given by their index."""
+        from distributed import as_completed
+
+        client, stage = self.client, outcomes.stage
+        task = _Task(function, environment())
+        futures = client.map(task, list(items.values()), pure=False, key=stage.replace(" ", "-"))
+        waiting = dict(zip(futures, items, strict=True))
+        del futures
+        try:
+            for future in as_completed(waiting, loop=client.loop):
+                outcomes.add(waiting.pop(future), partial(_result, stage, future))
+                # What has been fetched is let go, or Dask would compute it again for a lost worker.
+                future.release()
+                self.progress(stage, outcomes.done, outcomes.n_items)
+        finally:
+            if client.status == "running":
+                client.cancel(list(waiting), force=True)
 
     @contextmanager
     def _scheduler_watched(self, client: Any) -> Iterator[None]:
@@ -203,9 +219,9 @@ class _Dask:
         address = client.scheduler.address
         try:
             yield
-        except (CancelledError, OSError):
+        except (CancelledError, OSError) as error:
             # An OSError of a task, such as a full disk, comes with a scheduler that still answers.
-            if client.status == "running":
+            if isinstance(error, OSError) and client.status == "running":
                 raise
             raise ClusterlobError(
                 f"the Dask scheduler at {address} was lost; finished days are kept: "
@@ -389,14 +405,19 @@ def environment() -> dict[str, str]:
 
 def _check_workers(client: Any) -> None:
     """Raise InputError if a worker or the scheduler runs other code than this process."""
-    found: dict[str, Any] = client.run(environment, on_error="return")
-    for address, there in found.items():
+    found: dict[str, Any] = {
+        f"worker {address}": there for address, there in client.run(environment, on_error="return").items()
+    }
+    try:
+        found["the scheduler"] = client.run_on_scheduler(environment)
+    except ImportError as error:
+        found["the scheduler"] = error
+    for who, there in found.items():
         if isinstance(there, BaseException):
             raise InputError(
-                f"worker {address} cannot say what it runs ({one_line(there)}): "
-                "install the same clusterlob_gpu there"
+                f"{who} cannot say what it runs ({one_line(there)}): install the same clusterlob_gpu there"
             )
-        _require_same(f"worker {address}", environment(), there)
+        _require_same(who, environment(), there)
 
 
 def _require_same(who: str, here: Mapping[str, str], there: Mapping[str, str]) -> None:

@@ -169,8 +169,9 @@ def leave_process_number(folder: Path, x: int) -> int:
 
 def die_at_three(x: int) -> int:
     if x == 3:
+        time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.05)
+    time.sleep(0.3)
     return x
 
 
@@ -207,15 +208,17 @@ def test_local__a_killed_worker_changes_no_result_and_undoes_none(tmp_path: Path
     assert [len((tmp_path / f"{x}.pid").read_text().split()) for x in range(5)] == [1, 1, 2, 1, 1]
 
 
-def test_local__a_task_that_kills_its_workers_fails_alone() -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_local__a_task_that_kills_its_workers_fails_alone(threads: int) -> None:
+    place = LocalPlace(n_workers=1, threads_per_worker=threads, allowed_failures=1)
     with (
-        open_workers(LocalPlace(n_workers=1, allowed_failures=1), lambda *_: None) as workers,
+        open_workers(place, lambda *_: None) as workers,
         pytest.raises(TasksFailed) as caught,
     ):
-        workers.map("days", die_at_three, range(12))
+        workers.map("days", die_at_three, range(6))
     assert list(caught.value.failed) == [3]
     assert isinstance(caught.value.failed[3], WorkerLostError)
-    assert str(caught.value) == ("days: the worker of a task died 2 times; its memory limit may be too small")
+    assert str(caught.value) == "days: the worker of a task died 2 times; its memory limit may be too small"
     assert caught.value.exit_code == 1
 
 
