@@ -160,6 +160,7 @@ class _Dask:
     def client(self) -> Any:
         """Client of workers that run the same code, all started now and stopped with `running`."""
         import dask
+        import distributed  # noqa: F401 - its own settings come first, or those below would take them along
 
         settings = {
             "distributed.admin.tick.limit": "1h",
