@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from clusterlob_gpu import evaluation
+from clusterlob_gpu import evaluation, report
 from clusterlob_gpu.config import (
     ClusterConfig,
     FlowConfig,
@@ -35,8 +36,8 @@ from clusterlob_gpu.errors import ClusterlobError, ConfigError, InputError
 from clusterlob_gpu.files import Location
 from clusterlob_gpu.output import RunDirectory, append_ledger
 from clusterlob_gpu.pipeline import cluster, flow, trials
-from clusterlob_gpu.pipeline.run import Bad, Clock, RunRequest, Work, watching, without_bad_days
-from clusterlob_gpu.pipeline.stages import PlanEnds, Stages, Tally
+from clusterlob_gpu.pipeline.run import Bad, Clock, RunRequest, Work, check_range, watching, without_bad_days
+from clusterlob_gpu.pipeline.stages import BadDaysError, PlanEnds, Stages, Tally
 from clusterlob_gpu.pipeline.trials import Evaluated
 from clusterlob_gpu.store import Store
 from clusterlob_gpu.versions import code_version, library_versions
@@ -104,6 +105,7 @@ class SweepRequest:
     file: SweepFile
     store: Path | Location | None = None
     backend: str = "cpu"
+    pictures: bool = True
 
     @property
     def artefacts(self) -> Location:
@@ -174,13 +176,36 @@ def _trial(file: SweepFile, number: int, point: Mapping[str, Any]) -> Trial:
     return Trial(number, point, symbols, configs, problem)
 
 
-@dataclass
-class Family:
-    """Configs of one experiment that share their features, and the symbols that any trial asks of them."""
+class Key(NamedTuple):
+    """An evaluation: what trials that differ in nothing that the experiment looks at share."""
 
     experiment: str
-    configs: list[RunConfig] = field(default_factory=list)
-    symbols: list[str] = field(default_factory=list)
+    config: str
+    """Hash of the config."""
+    symbol: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """Configs of one experiment that share their features, and the symbols that trials ask of them."""
+
+    experiment: str
+    asked: dict[Key, RunConfig] = field(default_factory=dict)
+    """Config of every evaluation that some trial asks for."""
+
+    @property
+    def configs(self) -> list[RunConfig]:
+        """Every config once."""
+        return list({key.config: config for key, config in self.asked.items()}.values())
+
+    @property
+    def symbols(self) -> list[str]:
+        """Every symbol once."""
+        return list(dict.fromkeys(key.symbol for key in self.asked))
+
+    def without(self, results: Results) -> Family:
+        """The evaluations that have no result yet."""
+        return Family(self.experiment, {k: config for k, config in self.asked.items() if k not in results})
 
 
 def families(made: Sequence[Trial]) -> list[Family]:
@@ -189,9 +214,8 @@ def families(made: Sequence[Trial]) -> list[Family]:
     for trial in made:
         for experiment, config in trial.configs.items():
             family = found.setdefault(_family_key(experiment, config), Family(experiment))
-            if config not in family.configs:
-                family.configs.append(config)
-            family.symbols += [name for name in trial.symbols if name not in family.symbols]
+            for name in trial.symbols:
+                family.asked[Key(experiment, config_hash(config.resolved()), name)] = config
     return list(found.values())
 
 
@@ -203,8 +227,7 @@ def _family_key(experiment: str, config: RunConfig) -> str:
     return config_hash({"experiment": experiment, "config": kept})
 
 
-Results = dict[tuple[str, str, str], Evaluated]
-"""Evaluations by experiment, config hash and symbol."""
+Results = dict[Key, Evaluated]
 
 
 def run_sweep(request: SweepRequest, workers: Workers) -> Path:
@@ -228,8 +251,11 @@ def run_sweep(request: SweepRequest, workers: Workers) -> Path:
                 table = trial_table(made, results, tests)
             directory.write_table("sweep", table)
             directory.write_table("sweep_ic", tests)
-            summary = _summary(request, table, stages, workers, clock)
-            directory.write_run(summary)
+            directory.write_run(_summary(request, table, stages, workers, clock))
+            if request.pictures:
+                with clock.stage("report"):
+                    report.render_run(directory.work)
+            directory.write_run(_summary(request, table, stages, workers, clock))
             end = {"status": "done", "trials": len(made), "failed": int((table["status"] != "done").sum())}
             directory.publish([_line(request, directory, clock) | end])
         except BaseException as error:
@@ -250,48 +276,91 @@ def _check(request: SweepRequest, made: Sequence[Trial]) -> None:
 def _evaluate_family(
     request: SweepRequest, family: Family, stages: Stages, clock: Clock, bad: Bad
 ) -> Results:
-    """Evaluations of a family; where the whole family fails, every one says why."""
-    asked = request.run_request(family.configs[0], family.symbols)
-    keys = [
-        (family.experiment, config_hash(config.resolved()), name)
-        for config in family.configs
-        for name in family.symbols
-    ]
+    """Evaluations of a family; a config, a symbol or a family that fails says why."""
+    results = _unable(request, family)
+    while able := family.without(results).asked:
+        left = Family(family.experiment, able)
+        asked = request.run_request(left.configs[0], left.symbols)
 
-    def attempt(bad: Bad) -> list[Evaluated]:
-        parts = _family_parts(asked, family, Work(stages, clock, None, bad))
-        with clock.stage("evaluate"):
-            return stages.make("evaluation", trials.evaluation_artefact, trials.evaluate, parts)
+        def attempt(bad: Bad, asked: RunRequest[Any] = asked, left: Family = left) -> list[Evaluated]:
+            parts = _family_parts(asked, left, Work(stages, clock, None, bad))
+            with clock.stage("evaluate"):
+                return stages.make("evaluation", trials.evaluation_artefact, trials.evaluate, parts)
 
+        try:
+            return results | dict(zip(left.asked, without_bad_days(asked, attempt, bad), strict=True))
+        except BadDaysError as error:
+            # The days of a symbol are its own trouble, those of a market are everybody's.
+            blamed = set(error.days) & set(left.symbols) or set(left.symbols)
+            results |= {key: Evaluated(None, str(error)) for key in left.asked if key.symbol in blamed}
+        except ClusterlobError as error:
+            return results | {key: Evaluated(None, str(error)) for key in left.asked}
+    return results
+
+
+def _unable(request: SweepRequest, family: Family) -> Results:
+    """What cannot run at all: configs that the days or the backend do not allow, symbols without them."""
+    found: Results = {}
+    for config in family.configs:
+        problem = _problem_of(partial(_check_config, request, family, config))
+        if problem is not None:
+            mine = config_hash(config.resolved())
+            found |= {key: problem for key in family.asked if key.config == mine}
+    for name in family.symbols:
+        asked = request.run_request(family.configs[0], [name])
+        problem = _problem_of(partial(without_bad_days, asked, partial(check_range, asked)))
+        if problem is not None:
+            found |= {key: problem for key in family.asked if key.symbol == name and key not in found}
+    return found
+
+
+def _problem_of(check: Callable[[], object]) -> Evaluated | None:
     try:
-        found = without_bad_days(asked, attempt, bad)
+        check()
     except ClusterlobError as error:
-        return {key: Evaluated(None, str(error)) for key in keys}
-    return dict(zip(keys, found, strict=True))
+        return Evaluated(None, str(error))
+    return None
+
+
+def _check_config(request: SweepRequest, family: Family, config: Any) -> None:
+    if family.experiment == "cluster":
+        cluster.check_config(request.run_request(config, family.symbols), config)
 
 
 def _family_parts(asked: RunRequest[Any], family: Family, work: Work) -> list[Any]:
-    """Parts of every config and symbol of a family, symbols within configs."""
+    """Parts of the evaluations of a family, in their order."""
     configs: Any = family.configs
     if family.experiment == "cluster":
         runs = cluster.check_cluster(asked, configs, work.bad)
         rows: Sequence[Sequence[Any]] = cluster.prepare_parts(asked, configs, runs, work)
     else:
         rows, _ = flow.prepare_flow(asked, configs, flow.check_flow(asked, work.bad), work)
-    return [part for row in rows for part in row]
+    hashes = [config_hash(config.resolved()) for config in configs]
+    found = {
+        Key(family.experiment, config, part.symbol): part
+        for config, row in zip(hashes, rows, strict=True)
+        for part in row
+    }
+    return [found[key] for key in family.asked]
 
 
 def plan_sweep(request: SweepRequest, workers: Workers) -> tuple[list[Trial], dict[str, Tally], list[str]]:
     """Trials, what the store has and lacks of their stages as far as can be told, and what cannot run."""
     made = make_trials(request.file)
     _check(request, made)
-    stages, problems = Stages(workers, Store(request.artefacts), planning=True), []
+    stages = Stages(workers, Store(request.artefacts), planning=True)
+    problems: list[str] = []
     for family in families(made):
-        asked = request.run_request(family.configs[0], family.symbols)
+        unable = _unable(request, family)
+        problems += dict.fromkeys(found.problem for found in unable.values() if found.problem)
+        able = family.without(unable)
+        if not able.asked:
+            continue
+        asked = request.run_request(able.configs[0], able.symbols)
 
-        def attempt(bad: Bad, asked: RunRequest[Any] = asked, family: Family = family) -> None:
+        def attempt(bad: Bad, asked: RunRequest[Any] = asked, able: Family = able) -> None:
             with suppress(PlanEnds):
-                parts = _family_parts(asked, family, Work(stages, Clock(), None, bad))
+                parts = _family_parts(asked, able, Work(stages, Clock(), None, bad))
                 stages.make("evaluation", trials.evaluation_artefact, trials.evaluate, parts)
 
         try:
@@ -304,10 +373,10 @@ def plan_sweep(request: SweepRequest, workers: Workers) -> tuple[list[Trial], di
 # ---- results ------------------------------------------------------------------------------------------
 
 
-def _keys(trial: Trial) -> Iterator[tuple[str, str, str]]:
+def _keys(trial: Trial) -> Iterator[Key]:
     for experiment, config in trial.configs.items():
         for name in trial.symbols:
-            yield experiment, config_hash(config.resolved()), name
+            yield Key(experiment, config_hash(config.resolved()), name)
 
 
 def _is_ready(trial: Trial, results: Results) -> bool:
@@ -321,23 +390,31 @@ def _problem(trial: Trial, results: Results) -> str | None:
     return next((results[key].problem for key in _keys(trial) if results[key].made is None), None)
 
 
+_SAME = ("experiment", "symbol", "cluster", "signal", "target", "n", "ic", "hac_p")
+"""Columns by which one test is known from another; equal numbers of another config are the same test."""
+
+
 def all_tests(made: Sequence[Trial], results: Results, store: Store) -> pd.DataFrame:
     """ICs of every trial: its number in front, p_fdr and verdict over all distinct tests of the sweep.
 
-    Trials may share tests; a shared test counts once in the correction.
+    Trials may share evaluations, and evaluations that differ in another target alone repeat a test to the
+    last digit: in the correction either counts once.
     """
     tables = []
     for number, (key, found) in enumerate(results.items()):
         table = found.ic(store)
         if len(table):
-            experiment, _, symbol = key
-            tables.append(table.assign(evaluation=number, experiment=experiment, symbol=symbol))
+            tables.append(table.assign(evaluation=number, experiment=key.experiment, symbol=key.symbol))
     if not tables:
         return pd.DataFrame({"trial": np.empty(0, np.int64)})
     table = pd.concat(tables, ignore_index=True)
-    mixed = table["verdict"].eq("mixed")
-    table = evaluation.judge(table.rename(columns={"p_fdr": "p_fdr_alone", "verdict": "verdict_alone"}))
-    table.loc[mixed, "verdict"] = "mixed"
+    table = table.rename(columns={"p_fdr": "p_fdr_alone", "verdict": "verdict_alone"})
+    same = [name for name in _SAME if name in table]
+    distinct = evaluation.judge(table.drop_duplicates(same))
+    mixed = distinct["verdict_alone"].eq("mixed")
+    distinct = distinct.assign(verdict=distinct["verdict"].mask(mixed, "mixed"))
+    corrected = distinct[[*same, "p_fdr", "verdict"]]
+    table = table.merge(corrected, on=same, how="left", validate="many_to_one")
     number_of = {key: number for number, key in enumerate(results)}
     of_trials = pd.DataFrame(
         [(trial.number, number_of[key]) for trial in made for key in _keys(trial) if key in number_of],

@@ -108,6 +108,7 @@ class ClusterExperiment:
     def compute(self, request: ClusterRequest, runs: list[ClusterRun], work: Work) -> Outcome:
         """Every result of a checked request."""
         (parts,) = prepare_parts(request, [request.config], runs, work)
+        work.stages.end_of_plan()
         problems = [part.problem for part in parts if part.problem is not None]
         if problems:
             raise problems[0]
@@ -142,10 +143,15 @@ CLUSTER, LABEL = ClusterExperiment("cluster"), ClusterExperiment("label")
 def check_cluster(request: ClusterRequest, configs: Sequence[ClusterConfig], bad: Bad) -> list[ClusterRun]:
     """The runs of a request under several configs."""
     for config in configs:
-        if config.engine.startswith("cuml"):
-            raise InputError(f"engine = {config.engine!r}: needs the gpu backend; use auto, lloyd or sklearn")
-        windows(request, config)
+        check_config(request, config)
     return [ClusterRun(run.lake, run.wanted, run.missing) for run in check_range(request, bad)]
+
+
+def check_config(request: ClusterRequest, config: ClusterConfig) -> None:
+    """Raise InputError where a config is not possible on the days of a request, or on this backend."""
+    if config.engine.startswith("cuml"):
+        raise InputError(f"engine = {config.engine!r}: needs the gpu backend; use auto, lloyd or sklearn")
+    windows(request, config)
 
 
 def windows(request: ClusterRequest, config: ClusterConfig) -> list[Window]:
@@ -200,7 +206,6 @@ def prepare_parts(
         _label(pairs, request, work)
     with clock.stage("returns"):
         _find_mids(pairs, request, stages)
-    stages.end_of_plan()
     return parts
 
 

@@ -61,6 +61,7 @@ class Stages:
     def __init__(self, workers: Workers, store: Store, *, planning: bool = False) -> None:
         self.workers, self.store, self.planning = workers, store, planning
         self.tallies: dict[str, Tally] = {}
+        self._counted: set[str] = set()
 
     def map(self, stage: str, function: Callable[[Item], Result], tasks: Sequence[Item]) -> list[Result]:
         """Results of tasks that leave no artefact, in order."""
@@ -99,12 +100,22 @@ class Stages:
         tasks: Sequence[Item],
     ) -> None:
         found = self.map(f"{stage} there", partial(_absences, self.store, name), tasks)
-        wanted = [why for one in found for why in one]
-        tally.why.update(why for why in wanted if why is not None)
-        tally.missing = tally.why.total()
-        if tally.missing:
-            tally.there += wanted.count(None)
-            raise PlanEnds
+        wanted = {address: why for one in found for address, why in one.items()}
+        if not any(why is not None for why in wanted.values()):
+            return
+        for address, why in wanted.items():
+            self._count_wanted(tally, address, why)
+        raise PlanEnds
+
+    def _count_wanted(self, tally: Tally, address: str, why: str | None) -> None:
+        if address in self._counted:
+            return
+        self._counted.add(address)
+        if why is None:
+            tally.there += 1
+        else:
+            tally.missing += 1
+            tally.why[why] += 1
 
     def find(self, stage: str, artefact: Artefact) -> Made | None:
         """An artefact that the caller makes itself, if it is there; a plan counts what is not."""
@@ -113,8 +124,7 @@ class Stages:
             self.count(stage, found)
         elif self.planning:
             tally = self.tallies.setdefault(stage, Tally())
-            tally.missing += 1
-            tally.why[self.store.why(artefact)] += 1
+            self._count_wanted(tally, artefact.address, self.store.why(artefact))
         return found
 
     def end_of_plan(self) -> None:
@@ -123,9 +133,10 @@ class Stages:
             raise PlanEnds
 
     def count(self, stage: str, made: Made | None) -> None:
-        """Note an artefact that was there, or was made."""
-        if made is None:
+        """Note an artefact that was there, or was made; once, however often it is asked for."""
+        if made is None or made.address in self._counted:
             return
+        self._counted.add(made.address)
         tally = self.tallies.setdefault(stage, Tally())
         tally.size += made.size
         if made.why is None:
@@ -135,11 +146,11 @@ class Stages:
             tally.why[made.why] += 1
 
 
-def _absences(store: Store, name: Callable[[Any], Any], task: Any) -> list[str | None]:
-    """Why each artefact of a task has to be made; None for one that is there."""
+def _absences(store: Store, name: Callable[[Any], Any], task: Any) -> dict[str, str | None]:
+    """Why each artefact of a task has to be made, by address; None for one that is there."""
     named = name(task)
     artefacts = [] if named is None else [named] if isinstance(named, Artefact) else named
-    return [store.why(one) if store.find(one) is None else None for one in artefacts]
+    return {one.address: store.why(one) if store.find(one) is None else None for one in artefacts}
 
 
 @contextmanager
