@@ -109,7 +109,7 @@ def plan_tables(plan: Plan) -> list[Table]:
 
 def memory_line(plan: Plan, place: Place) -> str:
     """What a worker of the place will take on the largest day, and whether it has that."""
-    wanted = plan.memory_of(place.threads_per_worker)
+    wanted = place.memory_for(plan.base_memory, plan.memory)
     text = f"memory: a worker of {place.describe()} takes about {size_text(wanted)}"
     limit = place.memory_per_worker
     if limit is None:

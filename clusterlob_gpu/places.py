@@ -59,6 +59,10 @@ class Place(_Model):
     def memory_per_worker(self) -> int | None:
         return None
 
+    def memory_for(self, base: int, task: int) -> int:
+        """Bytes of a worker that takes `base` by itself and `task` for each task that it runs at once."""
+        return base + task * int(getattr(self, "threads_per_worker", 1))
+
     def describe(self) -> str:
         """One line for people: how many workers of what."""
         raise NotImplementedError

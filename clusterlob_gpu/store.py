@@ -11,6 +11,7 @@ folder of the machine.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -36,6 +37,8 @@ from clusterlob_gpu.files import Location
 _RECORD = "record.json"
 _CACHE_FREE = 0.1
 """Share of the disk that the cache of an object store leaves free."""
+_FULL_BYTES = 1 << 20
+"""A disk with less room than this is full."""
 _IN_USE_S = 3600
 """An artefact used within this time (s) is never cleaned away: a run may be reading it."""
 
@@ -165,6 +168,11 @@ class Store:
         folder.mkdir(parents=True)
         try:
             yield folder
+        except OSError as error:
+            # NumPy says of a full disk only that it could not write.
+            if error.errno is None and shutil.disk_usage(folder).free < _FULL_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(base)) from None
+            raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -7,8 +7,6 @@ in the order of the arguments, whatever the order in which they finish, and whic
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import platform
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +14,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -38,6 +35,7 @@ from clusterlob_gpu.places import (
     read_place,
 )
 from clusterlob_gpu.schema import US_PER_SECOND
+from clusterlob_gpu.versions import code_version, library_versions
 
 __all__ = ["Place", "Progress", "Workers", "environment", "open_workers", "read_place"]
 
@@ -57,6 +55,7 @@ class Workers(Protocol):
     """Anything that maps a function over items."""
 
     name: str
+    progress: Progress
 
     def map(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Results of `function` over `items`, in order.
@@ -392,16 +391,10 @@ def _wait_for_a_worker(client: Any, place: DaskPlace) -> None:
 
 @cache
 def environment() -> dict[str, str]:
-    """What may change a value besides the config: a hash of this package's source, and versions."""
-    package = Path(__file__).parent
-    source = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        source.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes() + b"\0")
-    return {
-        "clusterlob_gpu": source.hexdigest()[:12],
-        "python": ".".join(platform.python_version_tuple()[:2]),
-        **{library: version(library) for library in _LIBRARIES},
-    }
+    """What may change a value besides the config: the source of this package, and versions."""
+    versions = library_versions()
+    held = {"clusterlob_gpu": code_version(), "python": versions["python"].rpartition(".")[0]}
+    return held | {library: versions[library] for library in _LIBRARIES}
 
 
 def _check_workers(client: Any) -> None:

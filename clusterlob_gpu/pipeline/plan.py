@@ -59,17 +59,14 @@ class Plan:
     experiment: str
     symbols: list[SymbolPlan]
     stages: list[StagePlan]
+    base_memory: int = BASE_BYTES
     left_out: list[str] = field(default_factory=list)
     """Bad days that on_bad_day: skip leaves out."""
 
     @property
     def memory(self) -> int:
-        """Bytes that a worker with one thread takes on the largest day."""
-        return BASE_BYTES + max(symbol.largest[1] for symbol in self.symbols)
-
-    def memory_of(self, threads: int) -> int:
-        """Bytes of a worker with so many threads, each on a day like the largest."""
-        return BASE_BYTES + threads * (self.memory - BASE_BYTES)
+        """Bytes that one task on the largest day takes, beside BASE_BYTES of its worker."""
+        return max(symbol.largest[1] for symbol in self.symbols)
 
 
 def plan_run(request: RunRequest[RunConfig], experiment: Experiment[Any], workers: Workers) -> Plan:
@@ -94,7 +91,7 @@ def plan_run(request: RunRequest[RunConfig], experiment: Experiment[Any], worker
     }
     left_out = [f"{symbol} {table} {day}" for symbol, days in bad.items() for table, day in sorted(days)]
     symbols = [_symbol_plan(run, request.config) for run in runs]
-    return Plan(experiment.name, symbols, [*found.values(), *later.values()], left_out)
+    return Plan(experiment.name, symbols, [*found.values(), *later.values()], left_out=left_out)
 
 
 def _symbol_plan(run: SymbolRun, config: RunConfig) -> SymbolPlan:
