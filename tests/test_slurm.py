@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import socket
 import subprocess
@@ -15,8 +16,11 @@ from typing import Any
 import pytest
 
 import clusterlob_gpu
+from clusterlob_gpu import pipeline
+from clusterlob_gpu.config import make_config
 from clusterlob_gpu.errors import InputError
-from clusterlob_gpu.places import SlurmPlace
+from clusterlob_gpu.lake.synthetic import ingest_synthetic, make_market
+from clusterlob_gpu.places import LocalPlace, SlurmPlace, ThreadsPlace
 from clusterlob_gpu.submit import render_submission, submit
 from clusterlob_gpu.workers import open_workers
 
@@ -133,6 +137,35 @@ def test_workers__one_that_ends_before_its_walltime_is_replaced(tmp_path: Path) 
     jobs = {file.read_text() for file in tmp_path.glob("*.job")}
     assert len(jobs) > 1
     wait_until(lambda: {job_state(job) for job in jobs} <= {"COMPLETED", "CANCELLED"})
+
+
+def test_run__two_jobs_give_the_results_of_local_workers_and_of_none(tmp_path: Path) -> None:
+    start, end = dt.date(2024, 5, 1), dt.date(2024, 5, 4)
+    market = make_market(start=start, days=4, trades_per_day=4_000, snapshots_per_day=9_000)
+    ingest_synthetic(tmp_path / "lake", market)
+    places = {
+        "threads": ThreadsPlace(n_workers=2),
+        "local": LocalPlace(n_workers=2),
+        "slurm": cpu_place(min_jobs=2, max_jobs=2),
+    }
+    found = []
+    for name, place in places.items():
+        request = pipeline.RunRequest(
+            lake=tmp_path / "lake",
+            exchange=market.exchange,
+            symbols=market.symbols,
+            start=start,
+            end=end,
+            out=tmp_path / name / "run",
+            config=make_config({}, ["n_init=1", "bucket=30m", "horizons=[1h]", "keep_trades=true"]),
+            pictures=False,
+        )
+        with open_workers(place, lambda *_: None) as workers:
+            out = pipeline.run_cluster(request, workers)
+        files = [*(out / "results").rglob("*.parquet"), out / "model.json"]
+        found.append({str(path.relative_to(out)): path.read_bytes() for path in files if path.is_file()})
+    assert len(found[0]) == 9
+    assert found[0] == found[1] == found[2]
 
 
 def test_workers__refused_job_is_one_line() -> None:
