@@ -253,15 +253,17 @@ def sweep(file: Path, **options: Any) -> None:
         store=options["store"],
         backend=backend.choose(options["backend"]),
         file=sweeps.read_sweep(file),
+        keep_current=True,
     )
     if options["dry_run"]:
         with _progress() as step, open_workers(read_place(None), step) as workers:
             made, tallies, problems = sweeps.plan_sweep(request, workers)
         _print(*console.sweep_plan_tables(made, tallies, problems))
         return
+    began = time.time()
     with _progress() as step, open_workers(read_place(options["workers"]), step) as workers:
         out = sweeps.run_sweep(request, workers)
-    _show(out)
+    _show_finished(out, began)
 
 
 @cli.command("submit", context_settings={"ignore_unknown_options": True})
@@ -429,7 +431,6 @@ def _request(
 
 def _finish(experiment: Experiment[Any], request: RunRequest[Any], options: dict[str, Any]) -> None:
     """Run an experiment on its workers and print its tables, or only its plan."""
-    from clusterlob_gpu.output import RUN_FILE
     from clusterlob_gpu.pipeline.run import execute
     from clusterlob_gpu.workers import open_workers, read_place
 
@@ -440,9 +441,7 @@ def _finish(experiment: Experiment[Any], request: RunRequest[Any], options: dict
     began = time.time()
     with _progress() as step, open_workers(place, step) as workers:
         out = execute(request, experiment, workers)
-    if (out / RUN_FILE).stat().st_mtime < began:
-        click.echo("up to date: the same was asked for, and neither lake nor code has changed", err=True)
-    _show(out)
+    _show_finished(out, began)
 
 
 def _show_plan(experiment: Experiment[Any], request: RunRequest[Any], place: Place) -> None:
@@ -454,6 +453,15 @@ def _show_plan(experiment: Experiment[Any], request: RunRequest[Any], place: Pla
         plan = plan_run(request, experiment, workers)
     _print(*console.plan_tables(plan))
     click.echo(console.memory_line(plan, place))
+
+
+def _show_finished(out: Path, began: float) -> None:
+    """The tables of a run that has just been made, or was found to need no making."""
+    from clusterlob_gpu.output import RUN_FILE
+
+    if (out / RUN_FILE).stat().st_mtime < began:
+        click.echo("up to date: the same was asked for, and neither lake nor code has changed", err=True)
+    _show(out)
 
 
 def _show(out: Path) -> None:

@@ -34,9 +34,21 @@ from clusterlob_gpu.config import (
 )
 from clusterlob_gpu.errors import ClusterlobError, ConfigError, InputError
 from clusterlob_gpu.files import Location
+from clusterlob_gpu.lake.native import SymbolLake
 from clusterlob_gpu.output import RunDirectory, append_ledger
 from clusterlob_gpu.pipeline import cluster, flow, trials
-from clusterlob_gpu.pipeline.run import Bad, Clock, RunRequest, Work, check_range, watching, without_bad_days
+from clusterlob_gpu.pipeline.run import (
+    Bad,
+    Clock,
+    RunRequest,
+    Work,
+    bad_day_rows,
+    check_range,
+    is_current,
+    watching,
+    what_was_seen,
+    without_bad_days,
+)
 from clusterlob_gpu.pipeline.stages import BadDaysError, PlanEnds, Stages, Tally
 from clusterlob_gpu.pipeline.trials import Evaluated
 from clusterlob_gpu.store import Store
@@ -106,6 +118,8 @@ class SweepRequest:
     store: Path | Location | None = None
     backend: str = "cpu"
     pictures: bool = True
+    keep_current: bool = False
+    """Leave a finished sweep as it is whose request, code and lake are the same; not one with failures."""
 
     @property
     def artefacts(self) -> Location:
@@ -228,20 +242,23 @@ def _family_key(experiment: str, config: RunConfig) -> str:
 
 
 Results = dict[Key, Evaluated]
+Lakes = list[tuple[str, SymbolLake | None]]
 
 
 def run_sweep(request: SweepRequest, workers: Workers) -> Path:
     """Run every trial and return the output directory; raises only where no trial at all can run."""
     made, store, clock = make_trials(request.file), Store(request.artefacts), Clock()
     _check(request, made)
+    if request.keep_current and is_current(request.out, request.hash, request.lake, request.file.exchange):
+        return request.out
     store.check_writable()
     with RunDirectory(request.out, request.hash) as directory, watching(workers, directory):
         try:
-            stages, bad = Stages(workers, store), Bad()
+            desk = Desk(Stages(workers, store), clock)
             results: Results = {}
             told: set[int] = set()
             for family in families(made):
-                results |= _evaluate_family(request, family, stages, clock, bad)
+                results |= _evaluate_family(request, family, desk)
                 ready = [trial for trial in made if trial.number not in told and _is_ready(trial, results)]
                 lines = [_trial_line(request, directory, trial, results, store) for trial in ready]
                 append_ledger(directory.out.parent, lines)
@@ -251,11 +268,13 @@ def run_sweep(request: SweepRequest, workers: Workers) -> Path:
                 table = trial_table(made, results, tests)
             directory.write_table("sweep", table)
             directory.write_table("sweep_ic", tests)
-            directory.write_run(_summary(request, table, stages, workers, clock))
+            directory.write_run(_summary(request, table, desk, workers))
             if request.pictures:
                 with clock.stage("report"):
                     report.render_run(directory.work)
-            directory.write_run(_summary(request, table, stages, workers, clock))
+            directory.write_run(_summary(request, table, desk, workers))
+            if (table["status"] == "done").all():
+                directory.write_seen(what_was_seen(desk.lakes))
             end = {"status": "done", "trials": len(made), "failed": int((table["status"] != "done").sum())}
             directory.publish([_line(request, directory, clock) | end])
         except BaseException as error:
@@ -273,19 +292,31 @@ def _check(request: SweepRequest, made: Sequence[Trial]) -> None:
         raise InputError(f"none of the {len(made)} trials can run: {made[0].problem}")
 
 
-def _evaluate_family(
-    request: SweepRequest, family: Family, stages: Stages, clock: Clock, bad: Bad
-) -> Results:
+@dataclass
+class Desk:
+    """What the families of a sweep are worked on with, and what of theirs is told at the end."""
+
+    stages: Stages
+    clock: Clock
+    lakes: Lakes = field(default_factory=list)
+    """What was looked at of every symbol; None for a market symbol that the lake does not have."""
+    bad: list[Bad] = field(default_factory=list)
+    """Bad days by family."""
+
+
+def _evaluate_family(request: SweepRequest, family: Family, desk: Desk) -> Results:
     """Evaluations of a family; a config, a symbol or a family that fails says why."""
-    results = _unable(request, family)
+    results, bad = _unable(request, family), Bad()
+    desk.bad.append(bad)
     while able := family.without(results).asked:
         left = Family(family.experiment, able)
         asked = request.run_request(left.configs[0], left.symbols)
 
         def attempt(bad: Bad, asked: RunRequest[Any] = asked, left: Family = left) -> list[Evaluated]:
-            parts = _family_parts(asked, left, Work(stages, clock, None, bad))
-            with clock.stage("evaluate"):
-                return stages.make("evaluation", trials.evaluation_artefact, trials.evaluate, parts)
+            parts, lakes = _family_parts(asked, left, Work(desk.stages, desk.clock, None, bad))
+            desk.lakes += lakes
+            with desk.clock.stage("evaluate"):
+                return desk.stages.make("evaluation", trials.evaluation_artefact, trials.evaluate, parts)
 
         try:
             return results | dict(zip(left.asked, without_bad_days(asked, attempt, bad), strict=True))
@@ -327,21 +358,27 @@ def _check_config(request: SweepRequest, family: Family, config: Any) -> None:
         cluster.check_config(request.run_request(config, family.symbols), config)
 
 
-def _family_parts(asked: RunRequest[Any], family: Family, work: Work) -> list[Any]:
-    """Parts of the evaluations of a family, in their order."""
+def _family_parts(
+    asked: RunRequest[Any], family: Family, work: Work
+) -> tuple[list[Any], list[tuple[str, SymbolLake | None]]]:
+    """Parts of the evaluations of a family, in their order, and the lakes that were looked at."""
     configs: Any = family.configs
+    absent: Lakes = []
     if family.experiment == "cluster":
-        runs = cluster.check_cluster(asked, configs, work.bad)
+        runs: list[Any] = cluster.check_cluster(asked, configs, work.bad)
         rows: Sequence[Sequence[Any]] = cluster.prepare_parts(asked, configs, runs, work)
     else:
-        rows, _ = flow.prepare_flow(asked, configs, flow.check_flow(asked, work.bad), work)
+        runs = flow.check_flow(asked, work.bad)
+        rows, markets = flow.prepare_flow(asked, configs, runs, work)
+        runs = [*runs, *markets.values()]
+        absent = [(name, None) for name in asked.config.markets if name not in markets]
     hashes = [config_hash(config.resolved()) for config in configs]
     found = {
         Key(family.experiment, config, part.symbol): part
         for config, row in zip(hashes, rows, strict=True)
         for part in row
     }
-    return [found[key] for key in family.asked]
+    return [found[key] for key in family.asked], [*((run.name, run.lake) for run in runs), *absent]
 
 
 def plan_sweep(request: SweepRequest, workers: Workers) -> tuple[list[Trial], dict[str, Tally], list[str]]:
@@ -360,7 +397,7 @@ def plan_sweep(request: SweepRequest, workers: Workers) -> tuple[list[Trial], di
 
         def attempt(bad: Bad, asked: RunRequest[Any] = asked, able: Family = able) -> None:
             with suppress(PlanEnds):
-                parts = _family_parts(asked, able, Work(stages, Clock(), None, bad))
+                parts, _ = _family_parts(asked, able, Work(stages, Clock(), None, bad))
                 stages.make("evaluation", trials.evaluation_artefact, trials.evaluate, parts)
 
         try:
@@ -513,9 +550,7 @@ def _trial_line(
     return line | {"tests": best["tests"], "headline": None if ic is None else round(float(ic), 6)}
 
 
-def _summary(
-    request: SweepRequest, table: pd.DataFrame, stages: Stages, workers: Workers, clock: Clock
-) -> dict[str, Any]:
+def _summary(request: SweepRequest, table: pd.DataFrame, desk: Desk, workers: Workers) -> dict[str, Any]:
     return {
         "experiment": "sweep",
         "status": "done",
@@ -529,8 +564,9 @@ def _summary(
         "workers": workers.name,
         "lake": {"path": str(request.lake)},
         "store": str(request.artefacts),
-        "artefacts": {name: tally.as_record() for name, tally in stages.tallies.items()},
-        "timings": clock.stages,
-        "seconds": clock.seconds,
-        "started_at": clock.started_at.isoformat(timespec="seconds"),
+        "artefacts": {name: tally.as_record() for name, tally in desk.stages.tallies.items()},
+        "bad_days": list({str(row): row for bad in desk.bad for row in bad_day_rows(bad)}.values()),
+        "timings": desk.clock.stages,
+        "seconds": desk.clock.seconds,
+        "started_at": desk.clock.started_at.isoformat(timespec="seconds"),
     }

@@ -359,3 +359,21 @@ def test_finished_run__is_left_as_it_is_while_nothing_has_changed(own: Path, tmp
         moved = pa.array(rows["ts_local_us"].to_numpy() + day)
         pq.write_table(rows.set_column(at, rows.schema.field(at), moved), late / "x.parquet")
     assert made_at("k=2") > third
+
+
+def test_finished_run__of_flow_is_made_again_when_a_market_changes(own: Path, tmp_path: Path) -> None:
+    market = make_market(symbols=("ETHUSDT",), start=DAYS[0], days=5, trades_per_day=500, seed=8)
+
+    def made_at() -> int:
+        out = run(own, tmp_path / "run", flow=True, keep_current=True)
+        return (out / "run.json").stat().st_mtime_ns
+
+    first = made_at()
+    assert made_at() == first
+    ingest_synthetic(own, market)
+    second = made_at()
+    assert second > first
+    assert made_at() == second
+    (file,) = (own / "book_snapshot_25" / "exchange=synthetic" / f"date={DAYS[4]}").glob("ETHUSDT-*.parquet")
+    os.utime(file, (file.stat().st_mtime + 60,) * 2)
+    assert made_at() > second

@@ -111,7 +111,8 @@ class FlowExperiment:
             "notes": _notes(request, runs, markets, work.bad),
             "markets": {name: fingerprint(run) for name, run in markets.items()},
         }
-        return Outcome({"features": bars} | tables, summary, _headline(tables["ic"]))
+        seen = {name: markets[name].lake if name in markets else None for name in request.config.markets}
+        return Outcome({"features": bars} | tables, summary, _headline(tables["ic"]), seen)
 
     def expected(self, _: FlowRequest, runs: Sequence[FlowRun]) -> dict[str, int]:
         """Every day of the range is reduced and cut into bars."""

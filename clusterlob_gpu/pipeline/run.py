@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
@@ -134,6 +134,8 @@ class Outcome:
     tables: dict[str, pd.DataFrame]
     summary: dict[str, Any]
     headline: dict[str, float | None]
+    markets: Mapping[str, SymbolLake | None] = field(default_factory=dict)
+    """Further symbols that were looked at; None for one that the lake does not have."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ def execute(request: RunRequest[RunConfig], experiment: Experiment[Any], workers
     """Check, compute, write, draw and publish a run, and add it to the ledger; gives the output folder."""
     bad: Bad = {}
     without_bad_days(request, lambda bad: experiment.check(request, bad), bad)
-    if request.keep_current and _is_current(request):
+    if request.keep_current and is_current(request.out, request.hash, request.lake, request.exchange):
         return request.out
     store = Store(request.artefacts)
     store.check_writable()
@@ -250,7 +252,8 @@ def execute(request: RunRequest[RunConfig], experiment: Experiment[Any], workers
                 with clock.stage("report"):
                     report.render_run(directory.work)
             directory.write_run(summary | {"timings": clock.stages, "seconds": clock.seconds})
-            directory.write_seen(_seen(runs))
+            lakes = {run.name: run.lake for run in runs}
+            directory.write_seen(what_was_seen([*lakes.items(), *outcome.markets.items()]))
             rows = {name: counts["kept"] for name, counts in outcome.summary["rows"].items()}
             end = {"status": "done", "headline": outcome.headline, "rows": rows}
             directory.publish([_ledger_line(request, experiment.name, directory, clock, end)])
@@ -280,23 +283,38 @@ def watching(workers: Workers, directory: RunDirectory) -> Iterator[None]:
         workers.progress = told
 
 
-def _seen(runs: Sequence[SymbolRun]) -> dict[str, Any]:
-    return {"code": code_version(), "lake": {run.name: run.lake.seen() for run in runs}}
+def what_was_seen(lakes: Iterable[tuple[str, SymbolLake | None]]) -> dict[str, Any]:
+    """The code, and the partitions of every symbol that a run has looked at, for inputs.json.
+
+    None stands for a symbol that the lake does not have.  What one of several lakes of a symbol has left
+    out counts as left out.
+    """
+    held: dict[str, dict[str, str | None]] = {}
+    for name, lake in lakes:
+        mine = held.setdefault(name, {})
+        for key, found in (lake.seen() if lake is not None else {}).items():
+            mine[key] = None if key in mine and mine[key] is None else found
+    return {"code": code_version(), "lake": {name: dict(sorted(held[name].items())) for name in sorted(held)}}
 
 
-def _is_current(request: RunRequest[RunConfig]) -> bool:
-    """Whether the output folder holds this run, made by this code of a lake that is still the same."""
-    held = read_seen(request.out, request.hash)
+def is_current(out: Path, asked: str, root: Path | Location, exchange: str) -> bool:
+    """Whether `out` holds a run that was asked for the same, made by this code of a lake that is the same."""
+    held = read_seen(out, asked)
     if held is None or held["code"] != code_version():
         return False
-    for symbol, partitions in held["lake"].items():
-        lake = open_symbol(request.lake, request.exchange, symbol)
-        for key in partitions:
+    return all(_is_same(root, exchange, name, found) for name, found in held["lake"].items())
+
+
+def _is_same(root: Path | Location, exchange: str, name: str, found: Mapping[str, str | None]) -> bool:
+    """Whether the lake still shows of a symbol what was found; nothing for one that it did not have."""
+    try:
+        lake = open_symbol(root, exchange, name)
+        for key in found:
             table, day = key.split(" ")
             lake.look(table, [date.fromisoformat(day)])
-        if lake.seen() != partitions:
-            return False
-    return True
+    except LakeError:
+        return not found
+    return bool(found) and lake.seen() == found
 
 
 def _summary(
@@ -323,7 +341,7 @@ def _summary(
         },
         "store": str(request.artefacts),
         "artefacts": {name: tally.as_record() for name, tally in work.stages.tallies.items()},
-        "bad_days": _bad_days(work.bad),
+        "bad_days": bad_day_rows(work.bad),
         "timings": work.clock.stages,
         "seconds": work.clock.seconds,
         "started_at": work.clock.started_at.isoformat(timespec="seconds"),
@@ -331,7 +349,7 @@ def _summary(
     }
 
 
-def _bad_days(bad: Bad) -> list[dict[str, str]]:
+def bad_day_rows(bad: Bad) -> list[dict[str, str]]:
     """Days left out, a row each."""
     return [
         {"symbol": symbol, "table": table, "day": str(day), "error": str(error)}
@@ -353,7 +371,7 @@ def missing_notes(runs: Sequence[SymbolRun], bad: Bad) -> list[str]:
         for run in runs
         if run.missing
     ]
-    return notes + [f"{row['symbol']} {row['day']} was left out: {row['error']}" for row in _bad_days(bad)]
+    return notes + [f"{row['symbol']} {row['day']} was left out: {row['error']}" for row in bad_day_rows(bad)]
 
 
 def added(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
