@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import S3
 
 from clusterlob_gpu import pipeline
@@ -32,7 +33,13 @@ from clusterlob_gpu.workers import open_workers
 
 DAYS = [dt.date(2024, 5, 1) + dt.timedelta(days=n) for n in range(5)]
 SETTINGS = ["n_init=1", "bucket=30m", "horizons=[1h]"]
-CLUSTERLOB = [sys.executable, "-c", "from clusterlob_gpu.cli import main; main()"]
+# Without pictures, which take most of the time of a small run.
+MAIN = """
+from clusterlob_gpu import cli, report
+report.render_run = lambda _: []
+cli.main()
+"""
+CLUSTERLOB = [sys.executable, "-c", MAIN]
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +303,35 @@ def test_killed__again_and_again_until_done_gives_the_same(
         break
     assert results(out) == reference
     assert [line["status"] for line in read_ledger(tmp_path)] == ["done"]
+
+
+def test_killed_sweep__goes_on_and_writes_every_line_once(lake: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    asked = {"exchange": "synthetic", "symbols": ["BTCUSDT"], "start": DAYS[0], "end": DAYS[-1]}
+    grid = {"k": [2, 3], "window": [50, 100]}
+    common = {"bucket": "30m", "horizons": ["1h"], "n_init": 1}
+    file.write_text(yaml.safe_dump(asked | {"config": common, "grid": grid}))
+
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        command = [*CLUSTERLOB, "sweep", str(file), "--lake", str(lake), "--out", str(out), "--workers", "2"]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    whole = tmp_path / "whole" / "sweep"
+    assert start(whole).wait() == 0
+    out = tmp_path / "killed" / "sweep"
+    client, ledger = start(out), out.parent / "logs" / "runs.jsonl"
+    # The two trials of the first window are in the ledger, those of the second are not.
+    wait_for(lambda: client.poll() is not None or (ledger.exists() and ledger.stat().st_size > 0))
+    client.kill()
+    client.wait()
+    assert {line["trial"] for line in read_ledger(out.parent)} == {0, 2}
+    assert start(out).wait() == 0
+    assert results(out) == results(whole)
+    lines = read_ledger(out.parent)
+    assert sorted(line["trial"] for line in lines if "trial" in line) == [0, 1, 2, 3]
+    assert len({line["id"] for line in lines}) == len(lines) == 5
+    record = json.loads((out / "run.json").read_text())
+    assert record["artefacts"]["book"]["made"] == 0
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 60) -> None:
