@@ -16,15 +16,24 @@ import pyarrow.parquet as pq
 from clusterlob_gpu import bars, clustering, context, features, kernels, returns, schema
 from clusterlob_gpu.clustering import Bounds, Fit, Model, Partial
 from clusterlob_gpu.config import ClusterConfig, config_hash
-from clusterlob_gpu.days import BookDay, ClusterDay, FeatureDay, State, book_rows, day_context, scored_day
-from clusterlob_gpu.errors import InputError
+from clusterlob_gpu.days import (
+    BookDay,
+    ClusterDay,
+    FeatureDay,
+    State,
+    book_rows,
+    day_context,
+    feature_artefact,
+    scored_day,
+)
+from clusterlob_gpu.errors import ClusterlobError, InputError
 from clusterlob_gpu.files import Location
 from clusterlob_gpu.lake import symbols
 from clusterlob_gpu.lake.layout import day_start_us
 from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES, Context
-from clusterlob_gpu.store import Artefact, Made, Store, load_column, save_columns, source_hash
+from clusterlob_gpu.store import Artefact, Made, Store, load_column, read_frame, save_columns, source_hash
 
-FIT_CODE = source_hash(__file__, [kernels, clustering])
+FIT_CODE = source_hash(__file__, [kernels, clustering, Path(__file__).parent / "pipeline" / "fits.py"])
 LABEL_CODE = source_hash(__file__, [kernels, bars, clustering, context, features, returns, schema])
 
 # ---- training -------------------------------------------------------------------------------------------
@@ -235,11 +244,11 @@ class LabelledDay:
 
     def flow(self, store: Store) -> pd.DataFrame:
         """`bars.flow_table` of the day."""
-        return pd.read_parquet(store.folder(self.made.address) / "flow.parquet")
+        return read_frame(store.folder(self.made.address) / "flow.parquet")
 
     def markouts(self, store: Store) -> pd.DataFrame:
         """`returns.day_markouts` of the day."""
-        return pd.read_parquet(store.folder(self.made.address) / "markouts.parquet")
+        return read_frame(store.folder(self.made.address) / "markouts.parquet")
 
 
 def label_artefacts(task: LabelJob) -> list[Artefact]:
@@ -254,12 +263,12 @@ def label_artefacts(task: LabelJob) -> list[Artefact]:
         "config": task.job.config.model_dump(include={"same_side", "max_staleness"}),
     }
     return [
-        task.job.artefact("label", **shared, model=_model_hash(model), bucket=width)
+        task.job.artefact("label", **shared, model=model_hash(model), bucket=width)
         for model, width in task.asked
     ]
 
 
-def _model_hash(model: Model) -> str:
+def model_hash(model: Model) -> str:
     """Hash of all of a model that labels depend on."""
     bounds = [model.bounds.low.tolist(), model.bounds.high.tolist()]
     return config_hash({"centroids": model.centroids.tolist(), "numbers": model.numbers, "bounds": bounds})
@@ -334,8 +343,7 @@ def _markouts(task: LabelJob, trades: _Kept, model: Model, width: int, label: np
     stop = day_start_us(job.day) + US_PER_DAY
     book_ts, mid2 = trades.around.ts, trades.around.mid2
     if task.next_book is not None:
-        rows = book_rows(job, task.next_book)
-        soon = rows[rows["ts"] < stop + max(returns.MARKOUTS_US)]
+        soon = book_rows(job, task.next_book, until=stop + max(returns.MARKOUTS_US))
         book_ts = np.concatenate([book_ts, soon["ts"].to_numpy(np.int64)])
         mid2 = np.concatenate([mid2, (soon["bid"] + soon["ask"]).to_numpy(np.int64)])
         stop += US_PER_DAY
@@ -358,6 +366,11 @@ def _write_trades(task: LabelJob, label: np.ndarray, raw: np.ndarray) -> None:
     """Write the kept trades of a day, z-scores in float64, computed anew from the lake."""
     assert task.trades_file is not None
     symbol = task.job.lake.symbol
+    if feature_artefact((task.job, task.book, task.state)).address != task.features.made.address:
+        raise ClusterlobError(
+            f"{symbol.name} {task.job.day}: trades were changed in the lake since they were labelled; "
+            "give the same command again"
+        )
     met, z, _ = scored_day(task.job, task.book, task.state, np.float64)
     columns: dict[str, np.ndarray] = {
         "ts_local_us": met.ts,

@@ -34,8 +34,15 @@ CONTEXT_CODE = source_hash(__file__, [kernels, context, native, symbols, layout,
 FEATURE_CODE = source_hash(__file__, [kernels, context, features, native, symbols, layout, schema])
 MID_CODE = source_hash(__file__, [kernels, context, returns, schema])
 
+_BOOK_GROUP_ROWS = 65_536
+
 _TAIL_ROWS = 20_000
 """Trades read at first for the tail of a day; all of them if these do not suffice."""
+
+
+def symbol_folder(exchange: str, name: str) -> str:
+    """Name of a symbol's folders in the store."""
+    return f"{quote(exchange, safe='')}-{quote(name, safe='')}"
 
 
 @dataclass(frozen=True)
@@ -53,17 +60,21 @@ class DayJob(Generic[Config]):
 
     def require_unchanged(self, table: str, artefact: Artefact) -> None:
         """Raise if the day's files are no longer those that the artefact is named after."""
+        self.require_same(table, self.day, artefact.inputs["files"])
+
+    def require_same(self, table: str, day: date, fingerprint: str) -> None:
+        """Raise if a day's files are no longer those of the fingerprint."""
         # A copy of the lake looks again.
-        if replace(self.lake).fingerprint(table, self.day) != artefact.inputs["files"]:
+        if replace(self.lake).fingerprint(table, day) != fingerprint:
             raise ClusterlobError(
-                f"{self.lake.symbol.name} {self.day}: {table} was changed in the lake while it was read; "
+                f"{self.lake.symbol.name} {day}: {table} was changed in the lake while it was read; "
                 "give the same command again"
             )
 
     @property
     def symbol_folder(self) -> str:
         """Name of the symbol's folders in the store."""
-        return quote(f"{self.lake.symbol.exchange} {self.lake.symbol.name}", safe=" ").replace(" ", "-")
+        return symbol_folder(self.lake.symbol.exchange, self.lake.symbol.name)
 
 
 ClusterDay = DayJob[ClusterConfig]
@@ -147,18 +158,25 @@ def _write_rows(rows: pd.DataFrame, path: Path) -> None:
     pq.write_table(
         pa.Table.from_pandas(rows, preserve_index=False),
         path,
+        row_group_size=_BOOK_GROUP_ROWS,
         compression="zstd",
         use_dictionary=["tick"],
         column_encoding=dict.fromkeys(integers, "DELTA_BINARY_PACKED"),
     )
 
 
-def book_rows(job: DayJob[RunConfig], book: BookDay | None) -> pd.DataFrame:
-    """A day's valid book rows, none for a day without a book."""
+def book_rows(job: DayJob[RunConfig], book: BookDay | None, until: int | None = None) -> pd.DataFrame:
+    """A day's valid book rows, those before `until` (us) if it is given; none for a day without a book."""
     if book is None:
         return pd.DataFrame({name: np.empty(0, np.int64) for name in context.ROW_COLUMNS})
     path = Store(job.store).folder(book.made.address) / "rows.parquet"
-    return pq.read_table(path, use_threads=False).to_pandas()
+    with pq.ParquetFile(path) as file:
+        if until is None:
+            return file.read(use_threads=False).to_pandas()
+        first = [file.metadata.row_group(at).column(0).statistics.min for at in range(file.num_row_groups)]
+        groups = [at for at, ts in enumerate(first) if ts < until]
+        rows = file.read_row_groups(groups, use_threads=False).to_pandas()
+    return rows[rows["ts"] < until]
 
 
 def day_context(job: ClusterDay, book: BookDay | None, carry: BookCarry | None) -> Context:

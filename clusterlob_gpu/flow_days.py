@@ -20,7 +20,16 @@ from clusterlob_gpu.flow_bars import DayBars, Takers
 from clusterlob_gpu.lake import layout, native, symbols
 from clusterlob_gpu.lake.layout import day_start_us
 from clusterlob_gpu.schema import SIDE_SELL
-from clusterlob_gpu.store import Artefact, Made, Store, array_hash, load_column, save_columns, source_hash
+from clusterlob_gpu.store import (
+    Artefact,
+    Made,
+    Store,
+    array_hash,
+    load_column,
+    read_frame,
+    save_columns,
+    source_hash,
+)
 from clusterlob_gpu.thresholds import NEVER_LARGE, NEVER_SMALL, Cuts, Sizes, ThresholdRule
 
 FLOW_CODE = source_hash(
@@ -127,7 +136,7 @@ class BarDay:
 
     def table(self, store: Store, setting: int) -> pd.DataFrame:
         """Bars under the setting of that number, the main one being 0."""
-        return pd.read_parquet(store.folder(self.made.address) / f"{setting}.parquet")
+        return read_frame(store.folder(self.made.address) / f"{setting}.parquet")
 
 
 def bars_of_day(task: BarJob) -> BarDay:
@@ -252,6 +261,7 @@ def _ticker_days(job: FlowDay) -> list[date]:
 def ticker_states(task: TickerStateTask) -> StateDay:
     """`controls.ticker_at` at the times asked of a day."""
     job, times = task
+    artefact = ticker_state_artefact(task)
 
     def fill(folder: Path) -> dict[str, Any]:
         names = list(controls.TICKER_CONTROLS.values())
@@ -260,14 +270,16 @@ def ticker_states(task: TickerStateTask) -> StateDay:
         nothing = [np.empty(0)]
         values = {name: np.concatenate([part[name] for part in parts] + nothing) for name in names}
         controls.ticker_at(times, ts, values).to_parquet(folder / "states.parquet")
+        for day, fingerprint in artefact.inputs["files"].items():
+            job.require_same("derivative_ticker", date.fromisoformat(day), fingerprint)
         return {}
 
-    return StateDay(Store(job.store).make(ticker_state_artefact(task), fill).brief())
+    return StateDay(Store(job.store).make(artefact, fill).brief())
 
 
 def read_states(store: Store, held: Sequence[StateDay], columns: Sequence[str]) -> pd.DataFrame:
     """States of many days by time (us); no rows where there are none."""
-    tables = [pd.read_parquet(store.folder(day.made.address) / "states.parquet") for day in held]
+    tables = [read_frame(store.folder(day.made.address) / "states.parquet") for day in held]
     if tables:
         return pd.concat(tables)
     return pd.DataFrame(

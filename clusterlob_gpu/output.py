@@ -24,6 +24,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from clusterlob_gpu.errors import InputError
+from clusterlob_gpu.store import file_hash
 
 _ATTEMPT, _PROGRESS = "attempt.json", "progress.json"
 RUN_FILE, SEEN_FILE = "run.json", "inputs.json"
@@ -72,10 +73,13 @@ class RunDirectory:
             raise InputError(f"--out {self.out}: exists and is not a run; choose an empty or new directory")
         self.work = work_folder(self.out)
         self._asked = asked
-        self._told = 0.0
+        self._told_at = 0.0
+        self.told = False
+        """Whether the ledger has the run's last line."""
 
     def __enter__(self) -> Self:
-        self._lock = _lock(self.out.parent, f".{self.out.name}.lock", timeout=0)
+        # A second's patience: `unfinished` holds the lock for a moment.
+        self._lock = _lock(self.out.parent, f".{self.out.name}.lock", timeout=1)
         try:
             self._lock.acquire()
         except Timeout:
@@ -89,9 +93,17 @@ class RunDirectory:
             if path.name != _ATTEMPT:
                 _remove(path)
         for old in self.out.parent.glob(f".{self.out.name}.*.old"):
-            _remove(old)
+            if self.out.exists():
+                _remove(old)
+            else:  # of a process that was killed between the two renames of `publish`
+                os.rename(old, self.out)
         (self.work / "results").mkdir()
         return self
+
+    def clear_results(self) -> None:
+        """Drop what an earlier try within this process has written."""
+        _remove(self.work / "results")
+        (self.work / "results").mkdir()
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
@@ -100,8 +112,8 @@ class RunDirectory:
     def progress(self, stage: str, done: int, of: int) -> None:
         """Note how far the run is, for `clusterlob info`; at most once a second."""
         now = time.time()
-        if now - self._told >= 1:
-            self._told = now
+        if now - self._told_at >= 1:
+            self._told_at = now
             with suppress(OSError):
                 _write_json(self.work / _PROGRESS, {"stage": stage, "done": done, "of": of, "at": now})
 
@@ -115,11 +127,18 @@ class RunDirectory:
 
     def write_seen(self, seen: dict[str, Any]) -> None:
         """Write inputs.json, from which `read_seen` tells later what the run was made of."""
-        _write_json(self.work / SEEN_FILE, {"asked": self._asked} | seen)
+        kept = [self.work / "model.json", *sorted((self.work / "results").rglob("*"))]
+        files = {
+            str(path.relative_to(self.work)): [path.stat().st_size, file_hash(path)]
+            for path in kept
+            if path.is_file()
+        }
+        _write_json(self.work / SEEN_FILE, {"asked": self._asked, "files": files} | seen)
 
     def publish(self, lines: Iterable[dict[str, Any]]) -> None:
         """Add the run's lines to the ledger, then put the finished folder in place of what stood there."""
         append_ledger(self.out.parent, lines)
+        self.told = True
         old = self.out.with_name(f".{self.out.name}.{uuid.uuid4().hex[:8]}.old")
         if self.out.exists():
             os.rename(self.out, old)
@@ -135,10 +154,18 @@ def work_folder(out: Path) -> Path:
 
 
 def read_seen(out: Path, asked: str) -> dict[str, Any] | None:
-    """What the finished run at `out` has seen; None if there is none that was asked for the same."""
+    """What the finished run at `out` has seen.
+
+    None if there is none that was asked for the same, or if its results are no longer what it wrote.
+    """
     held = _read_json(Path(out) / SEEN_FILE)
-    whole = held is not None and (Path(out) / RUN_FILE).exists() and held.pop("asked", None) == asked
-    return held if whole else None
+    if held is None or not (Path(out) / RUN_FILE).exists() or held.pop("asked", None) != asked:
+        return None
+    for name, (size, content) in held.pop("files", {}).items():
+        path = Path(out) / name
+        if not path.is_file() or path.stat().st_size != size or file_hash(path) != content:
+            return None
+    return held
 
 
 def unfinished(out: Path) -> dict[str, Any] | None:
@@ -167,19 +194,26 @@ def _lock(out_root: Path, name: str, timeout: float = -1) -> FileLock:
 def append_ledger(out_root: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Append lines to logs/runs.jsonl in one write, under a lock, and flush them to disk.
 
-    A line whose id and status stand there is left out: its run was cut off after it was written.
+    A line that stands there, but for its seconds and attempts, is left out: its run was cut off after it
+    was written.
     """
     ledger = Path(out_root) / "logs" / "runs.jsonl"
     with _lock(out_root, ".runs.lock"):
-        there = {(line.get("id"), line.get("status")) for line in read_ledger(out_root)}
-        new = [line for line in lines if (line["id"], line["status"]) not in there]
-        text = "".join(json.dumps(line, default=str) + "\n" for line in new)
+        there = {_told(line) for line in read_ledger(out_root)}
+        texts = [json.dumps(line, default=str) for line in lines]
+        text = "".join(text + "\n" for text in texts if _told(json.loads(text)) not in there)
         with ledger.open("ab") as file:
             if text and file.tell() and not _ends_line(ledger):
                 text = "\n" + text  # of a writer that was killed, or whose disk was full, in mid-line
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
+
+
+def _told(line: dict[str, Any]) -> str:
+    """What a line says, whenever and at whichever try it was said."""
+    kept = {name: value for name, value in line.items() if name not in ("seconds", "attempts")}
+    return json.dumps(kept, sort_keys=True)
 
 
 def _ends_line(path: Path) -> bool:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from clusterlob_gpu.errors import InputError
+from clusterlob_gpu.store import read_frame
 
 NOTHING = "-"
 
@@ -37,7 +38,7 @@ def read_results(out: Path, name: str) -> pd.DataFrame:
     path = out / "results" / f"{name}.parquet"
     if not path.exists():
         raise InputError(f"{path}: is missing; the run has not finished, repeat it")
-    return pd.read_parquet(path)
+    return read_frame(path)
 
 
 def number(value: Any, form: str) -> str:

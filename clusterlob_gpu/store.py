@@ -28,26 +28,34 @@ from types import ModuleType
 from typing import Any, Self
 
 import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
 import xxhash
 from filelock import FileLock
 
 from clusterlob_gpu.errors import ClusterlobError, InputError
 from clusterlob_gpu.files import Location
+from clusterlob_gpu.versions import computing_versions
 
 _RECORD = "record.json"
 _CACHE_FREE = 0.1
 """Share of the disk that the cache of an object store leaves free."""
 _FULL_BYTES = 1 << 20
 """A disk with less room than this is full."""
+_VISIBLE_TRIES = 100
+"""How often (every 0.1 s) an artefact is looked for that another machine has just put on a shared disk."""
 _IN_USE_S = 3600
 """An artefact used within this time (s) is never cleaned away: a run may be reading it."""
 
 
-def source_hash(caller: str, modules: Iterable[ModuleType]) -> str:
-    """Hash of the source of a file and of modules: the code version of the stages that use them."""
-    digest = hashlib.sha256(Path(caller).read_bytes())
-    for module in modules:
-        digest.update(Path(str(module.__file__)).read_bytes())
+def source_hash(caller: str | Path, modules: Iterable[ModuleType | Path]) -> str:
+    """Code version of the stages in a file: of its source, of modules and further files that they use, of
+    this one, and of the libraries that compute.
+    """
+    digest = hashlib.sha256(computing_versions().encode())
+    files = [module if isinstance(module, Path) else Path(str(module.__file__)) for module in modules]
+    for path in (Path(caller), Path(__file__), *files):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -126,7 +134,13 @@ class Store:
     def folder(self, address: str) -> Path:
         """The artefact's files as a local folder, fetched from an object store if they are not here yet."""
         folder = self._local(address)
-        return self._fetched(address) if folder is None else folder
+        if folder is None:
+            return self._fetched(address)
+        for _ in range(_VISIBLE_TRIES):
+            if (folder / _RECORD).exists():
+                break
+            time.sleep(0.1)
+        return folder
 
     # ---- making -----------------------------------------------------------------------------------
 
@@ -215,15 +229,19 @@ class Store:
     @cached_property
     def _cache(self) -> Path:
         name = hashlib.sha256(self.root.name.encode()).hexdigest()[:16]
-        folder = Path(tempfile.gettempdir()) / f"clusterlob-{os.getuid()}" / name
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return folder
+        mine = Path(tempfile.gettempdir()) / f"clusterlob-{os.getuid()}"
+        mine.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (mine / name).mkdir(exist_ok=True)
+        return mine / name
 
     def _fetched(self, address: str) -> Path:
         final = self._cache / address
-        if (final / _RECORD).exists():
-            os.utime(final / _RECORD)
-            return final
+        present = _read_record(final)
+        if present is not None:
+            if _matches(final, present["files"], verify=False):
+                os.utime(final / _RECORD)
+                return final
+            shutil.rmtree(final, ignore_errors=True)  # whoever tidies temporary folders was here
         held = self._held(address)
         if held is None:
             raise ClusterlobError(f"{self.root / address}: gone from the store; give the same command again")
@@ -340,7 +358,7 @@ def _parsed(content: bytes) -> dict[str, Any] | None:
 
 def _described(folder: Path) -> dict[str, tuple[int, str]]:
     """Size and hash of every file, by name."""
-    return {path.name: (path.stat().st_size, _file_hash(path)) for path in sorted(folder.iterdir())}
+    return {path.name: (path.stat().st_size, file_hash(path)) for path in sorted(folder.iterdir())}
 
 
 def _matches(folder: Path, files: Any, verify: bool) -> bool:
@@ -349,14 +367,15 @@ def _matches(folder: Path, files: Any, verify: bool) -> bool:
         for name, (size, content) in files.items():
             if (folder / name).stat().st_size != size:
                 return False
-            if verify and _file_hash(folder / name) != content:
+            if verify and file_hash(folder / name) != content:
                 return False
     except (OSError, AttributeError, TypeError, ValueError):
         return False
     return True
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """XXH3 of a file, hexadecimal."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -389,6 +408,12 @@ def _make_room(cache: Path) -> None:
             return
         wanted -= sum(path.stat().st_size for path in record.parent.iterdir())
         shutil.rmtree(record.parent, ignore_errors=True)
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """A small Parquet file, read without threads: those of Arrow may outlive the interpreter and abort it."""
+    with pq.ParquetFile(path) as file:
+        return file.read(use_threads=False).to_pandas(use_threads=False)
 
 
 def save_columns(folder: Path, **columns: np.ndarray) -> None:

@@ -34,25 +34,26 @@ from clusterlob_gpu.config import (
 )
 from clusterlob_gpu.errors import ClusterlobError, ConfigError, InputError
 from clusterlob_gpu.files import Location
-from clusterlob_gpu.lake.native import SymbolLake
 from clusterlob_gpu.output import RunDirectory, append_ledger
 from clusterlob_gpu.pipeline import cluster, flow, trials
 from clusterlob_gpu.pipeline.run import (
     Bad,
     Clock,
     RunRequest,
+    Seen,
     Work,
     bad_day_rows,
     check_range,
     is_current,
+    made_of,
     watching,
     what_was_seen,
     without_bad_days,
 )
-from clusterlob_gpu.pipeline.stages import BadDaysError, PlanEnds, Stages, Tally
+from clusterlob_gpu.pipeline.stages import PlanEnds, Stages, Tally
 from clusterlob_gpu.pipeline.trials import Evaluated
 from clusterlob_gpu.store import Store
-from clusterlob_gpu.versions import code_version, library_versions
+from clusterlob_gpu.versions import CODE_VERSION, library_versions
 from clusterlob_gpu.workers import Workers
 
 Kind = Literal["cluster", "flow"]
@@ -131,6 +132,11 @@ class SweepRequest:
         """Hash of what was asked for."""
         return config_hash({"sweep": self.file.model_dump(mode="json"), "backend": self.backend})
 
+    @property
+    def identity(self) -> str:
+        """`made_of` of the sweep."""
+        return made_of(self.hash, self.lake)
+
     def run_request(self, config: RunConfig, symbols: Sequence[str]) -> RunRequest[Any]:
         """The request of a family, under the config of one of its trials."""
         return RunRequest(
@@ -181,6 +187,8 @@ def _trial(file: SweepFile, number: int, point: Mapping[str, Any]) -> Trial:
     configs: dict[str, RunConfig] = {}
     problem = None
     try:
+        if len(set(symbols)) < len(symbols):
+            raise ConfigError(f"symbols = {list(symbols)}: each once")
         for name in file.experiments:
             kind = CONFIGS[name]
             mine = {key: value for key, value in settings.items() if key in kind.model_fields}
@@ -217,6 +225,14 @@ class Family:
         """Every symbol once."""
         return list(dict.fromkeys(key.symbol for key in self.asked))
 
+    def parted(self) -> list[Family]:
+        """A family for every config; for every symbol where there is one config."""
+        by = "config" if len(self.configs) > 1 else "symbol"
+        parts: dict[str, Family] = {}
+        for key, config in self.asked.items():
+            parts.setdefault(getattr(key, by), Family(self.experiment)).asked[key] = config
+        return list(parts.values())
+
     def without(self, results: Results) -> Family:
         """The evaluations that have no result yet."""
         return Family(self.experiment, {k: config for k, config in self.asked.items() if k not in results})
@@ -242,17 +258,19 @@ def _family_key(experiment: str, config: RunConfig) -> str:
 
 
 Results = dict[Key, Evaluated]
-Lakes = list[tuple[str, SymbolLake | None]]
+SeenSymbols = list[tuple[str, Seen | None]]
 
 
 def run_sweep(request: SweepRequest, workers: Workers) -> Path:
     """Run every trial and return the output directory; raises only where no trial at all can run."""
     made, store, clock = make_trials(request.file), Store(request.artefacts), Clock()
     _check(request, made)
-    if request.keep_current and is_current(request.out, request.hash, request.lake, request.file.exchange):
+    if request.keep_current and is_current(
+        request.out, request.identity, request.lake, request.file.exchange
+    ):
         return request.out
     store.check_writable()
-    with RunDirectory(request.out, request.hash) as directory, watching(workers, directory):
+    with RunDirectory(request.out, request.identity) as directory, watching(workers, directory):
         try:
             desk = Desk(Stages(workers, store), clock)
             results: Results = {}
@@ -274,20 +292,21 @@ def run_sweep(request: SweepRequest, workers: Workers) -> Path:
                     report.render_run(directory.work)
             directory.write_run(_summary(request, table, desk, workers))
             if (table["status"] == "done").all():
-                directory.write_seen(what_was_seen(desk.lakes))
+                directory.write_seen(what_was_seen(desk.seen))
             end = {"status": "done", "trials": len(made), "failed": int((table["status"] != "done").sum())}
             directory.publish([_line(request, directory, clock) | end])
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             end = {"status": status, "error": f"{type(error).__name__}: {error}"}
+            line = _line(request, directory, clock) | end
             with suppress(OSError):  # a full disk must not hide what went wrong first
-                append_ledger(directory.out.parent, [_line(request, directory, clock) | end])
+                append_ledger(directory.out.parent, [] if directory.told else [line])
             raise
     return request.out
 
 
 def _check(request: SweepRequest, made: Sequence[Trial]) -> None:
-    RunDirectory(request.out, request.hash)
+    RunDirectory(request.out, request.identity)
     if not any(trial.configs for trial in made):
         raise InputError(f"none of the {len(made)} trials can run: {made[0].problem}")
 
@@ -298,7 +317,7 @@ class Desk:
 
     stages: Stages
     clock: Clock
-    lakes: Lakes = field(default_factory=list)
+    seen: SeenSymbols = field(default_factory=list)
     """What was looked at of every symbol; None for a market symbol that the lake does not have."""
     bad: list[Bad] = field(default_factory=list)
     """Bad days by family."""
@@ -306,27 +325,34 @@ class Desk:
 
 def _evaluate_family(request: SweepRequest, family: Family, desk: Desk) -> Results:
     """Evaluations of a family; a config, a symbol or a family that fails says why."""
-    results, bad = _unable(request, family), Bad()
+    results = _unable(request, family)
+    return results | _evaluate_able(request, family.without(results), desk)
+
+
+def _evaluate_able(request: SweepRequest, family: Family, desk: Desk) -> Results:
+    """Evaluations of a family; where something fails, each config and then each symbol goes alone.
+
+    What is done is in the store, so only what fails is tried again.
+    """
+    if not family.asked:
+        return {}
+    bad = Bad()
     desk.bad.append(bad)
-    while able := family.without(results).asked:
-        left = Family(family.experiment, able)
-        asked = request.run_request(left.configs[0], left.symbols)
+    asked = request.run_request(family.configs[0], family.symbols)
 
-        def attempt(bad: Bad, asked: RunRequest[Any] = asked, left: Family = left) -> list[Evaluated]:
-            parts, lakes = _family_parts(asked, left, Work(desk.stages, desk.clock, None, bad))
-            desk.lakes += lakes
-            with desk.clock.stage("evaluate"):
-                return desk.stages.make("evaluation", trials.evaluation_artefact, trials.evaluate, parts)
+    def attempt(bad: Bad) -> list[Evaluated]:
+        parts, seen = _family_parts(asked, family, Work(desk.stages, desk.clock, None, bad))
+        desk.seen += seen
+        with desk.clock.stage("evaluate"):
+            return desk.stages.make("evaluation", trials.evaluation_artefact, trials.evaluate, parts)
 
-        try:
-            return results | dict(zip(left.asked, without_bad_days(asked, attempt, bad), strict=True))
-        except BadDaysError as error:
-            # The days of a symbol are its own trouble, those of a market are everybody's.
-            blamed = set(error.days) & set(left.symbols) or set(left.symbols)
-            results |= {key: Evaluated(None, str(error)) for key in left.asked if key.symbol in blamed}
-        except ClusterlobError as error:
-            return results | {key: Evaluated(None, str(error)) for key in left.asked}
-    return results
+    try:
+        return dict(zip(family.asked, without_bad_days(asked, attempt, bad), strict=True))
+    except ClusterlobError as error:
+        parts = family.parted()
+        if len(parts) == 1:
+            return dict.fromkeys(family.asked, Evaluated(None, str(error)))
+    return {key: found for part in parts for key, found in _evaluate_able(request, part, desk).items()}
 
 
 def _unable(request: SweepRequest, family: Family) -> Results:
@@ -358,12 +384,10 @@ def _check_config(request: SweepRequest, family: Family, config: Any) -> None:
         cluster.check_config(request.run_request(config, family.symbols), config)
 
 
-def _family_parts(
-    asked: RunRequest[Any], family: Family, work: Work
-) -> tuple[list[Any], list[tuple[str, SymbolLake | None]]]:
-    """Parts of the evaluations of a family, in their order, and the lakes that were looked at."""
+def _family_parts(asked: RunRequest[Any], family: Family, work: Work) -> tuple[list[Any], SeenSymbols]:
+    """Parts of the evaluations of a family, in their order, and what was looked at for them."""
     configs: Any = family.configs
-    absent: Lakes = []
+    absent: SeenSymbols = []
     if family.experiment == "cluster":
         runs: list[Any] = cluster.check_cluster(asked, configs, work.bad)
         rows: Sequence[Sequence[Any]] = cluster.prepare_parts(asked, configs, runs, work)
@@ -378,7 +402,8 @@ def _family_parts(
         for config, row in zip(hashes, rows, strict=True)
         for part in row
     }
-    return [found[key] for key in family.asked], [*((run.name, run.lake) for run in runs), *absent]
+    seen: SeenSymbols = [(run.name, run.lake.seen()) for run in runs]
+    return [found[key] for key in family.asked], [*seen, *absent]
 
 
 def plan_sweep(request: SweepRequest, workers: Workers) -> tuple[list[Trial], dict[str, Tally], list[str]]:
@@ -558,7 +583,7 @@ def _summary(request: SweepRequest, table: pd.DataFrame, desk: Desk, workers: Wo
         "config_hash": request.hash,
         "trials": len(table),
         "failed": int((table["status"] != "done").sum()),
-        "code": code_version(),
+        "code": CODE_VERSION,
         "versions": library_versions(),
         "backend": request.backend,
         "workers": workers.name,

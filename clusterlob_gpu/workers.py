@@ -7,6 +7,7 @@ in the order of the arguments, whatever the order in which they finish, and whic
 from __future__ import annotations
 
 import asyncio
+import logging
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ from clusterlob_gpu.places import (
     read_place,
 )
 from clusterlob_gpu.schema import US_PER_SECOND
-from clusterlob_gpu.versions import code_version, library_versions
+from clusterlob_gpu.versions import CODE_VERSION, COMPUTING, library_versions
 
 __all__ = ["Place", "Progress", "Workers", "environment", "open_workers", "read_place"]
 
@@ -44,7 +45,7 @@ Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
 """Called with (stage, tasks done, tasks in all)."""
 
-_LIBRARIES = ("numpy", "pandas", "pyarrow", "numba", "distributed")
+_LIBRARIES = (*COMPUTING, "distributed")
 """Libraries whose version may change a value or how a task travels."""
 
 _IDLE_S = 120
@@ -171,6 +172,8 @@ class _Dask:
             "cudf-spill-warning": False,
         }
         self.running.enter_context(dask.config.set(settings))
+        # What it has to say of a lost scheduler is said in one line by `_scheduler_watched`.
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
         client = _start(self.running, self.place)
         with self._scheduler_watched(client):
             _wait_for_a_worker(client, self.place)
@@ -393,7 +396,7 @@ def _wait_for_a_worker(client: Any, place: DaskPlace) -> None:
 def environment() -> dict[str, str]:
     """What may change a value besides the config: the source of this package, and versions."""
     versions = library_versions()
-    held = {"clusterlob_gpu": code_version(), "python": versions["python"].rpartition(".")[0]}
+    held = {"clusterlob_gpu": CODE_VERSION, "python": versions["python"].rpartition(".")[0]}
     return held | {library: versions[library] for library in _LIBRARIES}
 
 

@@ -164,17 +164,35 @@ def test_killed_run__is_forgotten_when_something_else_is_asked(tmp_path: Path) -
 def test_publish__killed_between_ledger_and_rename_leaves_one_line(tmp_path: Path) -> None:
     """The line is written first: the second try finds it there."""
     name = killed_run(tmp_path / "run")
-    line = {"id": name, "status": "done", "mark": 1}
+    line = {"id": name, "status": "done", "seconds": 1.5, "attempts": 1}
     append_ledger(tmp_path, [line])
     assert publish_run(tmp_path / "run", 2) == name
     assert read_ledger(tmp_path) == [line]
 
 
-def test_publish__clears_what_a_kill_left_between_two_renames(tmp_path: Path) -> None:
+def test_ledger__a_run_that_went_on_with_other_numbers_says_so(tmp_path: Path) -> None:
+    """Its lake was changed between two tries: both lines are true of what was there then."""
+    lines = [{"id": "a", "status": "done", "headline": value} for value in (0.1, -0.2, 0.1)]
+    for line in lines:
+        append_ledger(tmp_path, [line])
+    assert read_ledger(tmp_path) == lines[:2]
+
+
+def test_publish__a_kill_between_two_renames_loses_no_run(tmp_path: Path) -> None:
     publish_run(tmp_path / "run", 1)
     (tmp_path / "run").rename(tmp_path / ".run.0123.old")
+    with RunDirectory(tmp_path / "run", "f" * 16):
+        assert json.loads((tmp_path / "run" / "run.json").read_text()) == {"mark": 1}
     publish_run(tmp_path / "run", 2)
     assert [path.name for path in tmp_path.iterdir() if path.name != "logs"] == ["run"]
+
+
+def test_read_seen__knows_when_results_are_no_longer_what_was_written(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    publish_run(out, 1)
+    assert read_seen(out, ASKED) is not None
+    (out / "results" / "buckets.parquet").write_bytes(b"")
+    assert read_seen(out, ASKED) is None
 
 
 # ---- the ledger -------------------------------------------------------------------------------------

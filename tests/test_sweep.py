@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from test_failures import flip_bits
 
 from clusterlob_gpu import pipeline, sweep
 from clusterlob_gpu.config import FlowConfig, RunConfig, make_config
@@ -252,6 +254,50 @@ def test_failed_trial__is_a_row_and_not_the_end(lake: Path, tmp_path: Path, work
         table(out, "sweep_ic").query("trial == 0"),
         single_ic(lake, tmp_path / "alone", workers, make_config(WIDE)),
     )
+
+
+def spoil(lake: Path, table: str, symbol: str, days: list[dt.date]) -> None:
+    for day in days:
+        (file,) = (lake / table / "exchange=synthetic" / f"date={day}").glob(f"{symbol}-*.parquet")
+        flip_bits(file)
+
+
+@pytest.mark.parametrize("on_bad_day", ["fail", "skip"])
+def test_broken_symbol__fails_its_own_trials_alone(
+    lake: Path, tmp_path: Path, workers: Workers, on_bad_day: str
+) -> None:
+    own = shutil.copytree(lake, tmp_path / "lake")
+    spoil(own, "trades", "ETHUSDT", DAYS)
+    out = run_sweep(
+        own,
+        tmp_path / "sweep",
+        workers,
+        config=WIDE | {"on_bad_day": on_bad_day},
+        grid={"symbols": [["BTCUSDT"], ["ETHUSDT"]]},
+    )
+    rows = table(out, "sweep")
+    assert rows["status"].tolist() == ["done", "failed"]
+    assert "ETHUSDT" in rows["error"].tolist()[1]
+    of_run = single_ic(own, tmp_path / "alone", workers, make_config(WIDE), ["BTCUSDT"])
+    same_tests(table(out, "sweep_ic"), of_run)
+
+
+def test_broken_day__fails_only_the_trials_that_look_at_it(
+    lake: Path, tmp_path: Path, workers: Workers
+) -> None:
+    """The book of the second day after the range is looked at for returns of thirty hours alone."""
+    own = shutil.copytree(lake, tmp_path / "lake")
+    spoil(own, "book_snapshot_25", "BTCUSDT", [DAYS[3]])
+    out = run_sweep(
+        own,
+        tmp_path / "sweep",
+        workers,
+        symbols=["BTCUSDT"],
+        end=DAYS[1],
+        config=WIDE,
+        grid={"horizons": [["1h"], ["30h"], ["2h"]]},
+    )
+    assert table(out, "sweep")["status"].tolist() == ["done", "failed", "done"]
 
 
 def test_sweep__without_any_trial_that_can_run_is_refused(

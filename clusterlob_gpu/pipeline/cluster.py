@@ -307,15 +307,22 @@ def _label(pairs: Pairs, request: ClusterRequest, work: Work) -> None:
                     labelling = (part.models[window.id], part.config.bucket)
                     asked.setdefault((run.name, day), []).append((part, window, labelling))
                     jobs.setdefault((run.name, day), _label_job(run, request, day, work))
-    tasks = [
-        replace(job, asked=tuple(_distinct(labelling for _, _, labelling in asked[key])))
-        for key, job in jobs.items()
-    ]
+    hashes: dict[int, str] = {}
+
+    def known(labelling: Labelling) -> tuple[str, int]:
+        """What tells a labelling from others; models are hashed once."""
+        model, width = labelling
+        if id(model) not in hashes:
+            hashes[id(model)] = cluster_days.model_hash(model)
+        return hashes[id(model)], width
+
+    distinct = {key: {known(labelling): labelling for _, _, labelling in asked[key]} for key in jobs}
+    tasks = [replace(job, asked=tuple(distinct[key].values())) for key, job in jobs.items()]
     made = work.stages.make("label", cluster_days.label_artefacts, cluster_days.label_day, tasks)
-    for key, task, labelled in zip(jobs, tasks, made, strict=True):
+    for key, labelled in zip(jobs, made, strict=True):
+        found = dict(zip(distinct[key], labelled, strict=True))
         for part, window, labelling in asked[key]:
-            at = next(n for n, one in enumerate(task.asked) if _same(one, labelling))
-            part.labelled.setdefault(window.id, []).append(labelled[at])
+            part.labelled.setdefault(window.id, []).append(found[known(labelling)])
 
 
 def _label_job(run: ClusterRun, request: ClusterRequest, day: date, work: Work) -> LabelJob:
@@ -332,41 +339,20 @@ def _label_job(run: ClusterRun, request: ClusterRequest, day: date, work: Work) 
     )
 
 
-def _same(one: Labelling, other: Labelling) -> bool:
-    (model, width), (other_model, other_width) = one, other
-    same_bounds = all(
-        np.array_equal(a, b)
-        for a, b in (
-            (model.bounds.low, other_model.bounds.low),
-            (model.bounds.high, other_model.bounds.high),
-        )
-    )
-    return width == other_width and same_bounds and np.array_equal(model.centroids, other_model.centroids)
-
-
-def _distinct(labellings: Iterable[Labelling]) -> list[Labelling]:
-    found: list[Labelling] = []
-    for labelling in labellings:
-        if not any(_same(labelling, one) for one in found):
-            found.append(labelling)
-    return found
-
-
 def _find_mids(pairs: Pairs, request: ClusterRequest, stages: Stages) -> None:
     """Mids at all times at which the buckets of any part need one, asked of the days that decide them."""
-    times: dict[str, list[np.ndarray]] = {}
+    spans: dict[str, set[tuple[date, date, int, tuple[int, ...]]]] = {}
     runs: dict[str, ClusterRun] = {}
     for run, part in pairs:
         runs[run.name] = run
-        for window in part.fitted:
-            starts = np.arange(
-                day_start_us(window.test[0]), day_start_us(next_day(window.test[-1])), part.config.bucket
-            )
-            asked = returns.bucket_times(starts, part.config.bucket, part.config.horizons)
-            times.setdefault(run.name, []).append(asked)
+        asked = spans.setdefault(run.name, set())
+        asked |= {
+            (window.test[0], window.test[-1], part.config.bucket, part.config.horizons)
+            for window in part.fitted
+        }
     tasks, owners = [], []
-    for name, parts_times in times.items():
-        run, all_times = runs[name], np.unique(np.concatenate(parts_times))
+    for name, asked in spans.items():
+        run, all_times = runs[name], _bucket_times(asked)
         deciding = returns.day_before(all_times)
         for number in np.unique(deciding):
             day = day_of_us(int(number) * US_PER_DAY)
@@ -374,9 +360,18 @@ def _find_mids(pairs: Pairs, request: ClusterRequest, stages: Stages) -> None:
                 mine = all_times[deciding == number]
                 tasks.append((run.job(request, day), run.books[day], run.carries.get(day), mine))
                 owners.append(name)
-    made = stages.make("mids", days.mids_artefact, days.mids_day, tasks)
+    made = stages.make("mids", days.mids_artefact, days.mids_day, tasks, request.config.book)
     for _, part in pairs:
         part.mids = [mids for name, mids in zip(owners, made, strict=True) if name == part.symbol]
+
+
+def _bucket_times(spans: Iterable[tuple[date, date, int, tuple[int, ...]]]) -> np.ndarray:
+    """Every time (us) at which the buckets of spans (first and last day, bucket, horizons) need a mid."""
+    times = [np.empty(0, np.int64)]
+    for first, last, bucket, horizons in spans:
+        starts = np.arange(day_start_us(first), day_start_us(next_day(last)), bucket)
+        times.append(returns.bucket_times(starts, bucket, horizons))
+    return np.unique(np.concatenate(times))
 
 
 def part_tables(part: Part, fitted: bool) -> dict[str, pd.DataFrame]:

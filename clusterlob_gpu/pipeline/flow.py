@@ -68,6 +68,7 @@ class FlowPart:
     """One symbol under one config: what its bars are made of, and where it is."""
 
     symbol: str
+    exchange: str
     config: FlowConfig
     store: Location
     days: tuple[date, ...]
@@ -111,7 +112,8 @@ class FlowExperiment:
             "notes": _notes(request, runs, markets, work.bad),
             "markets": {name: fingerprint(run) for name, run in markets.items()},
         }
-        seen = {name: markets[name].lake if name in markets else None for name in request.config.markets}
+        asked = request.config.markets
+        seen = {name: markets[name].lake.seen() if name in markets else None for name in asked}
         return Outcome({"features": bars} | tables, summary, _headline(tables["ic"]), seen)
 
     def expected(self, _: FlowRequest, runs: Sequence[FlowRun]) -> dict[str, int]:
@@ -169,6 +171,7 @@ def prepare_flow(
         [
             FlowPart(
                 symbol=run.name,
+                exchange=request.exchange,
                 config=config,
                 store=request.artefacts,
                 days=tuple(request.days),
@@ -329,7 +332,8 @@ def _book_states(
         if day in run.books
     ]
     tasks = [task for _, task in asked]
-    made = stages.make("states", flow_days.book_state_artefact, flow_days.book_states, tasks)
+    name, function = flow_days.book_state_artefact, flow_days.book_states
+    made = stages.make("states", name, function, tasks, request.config.book)
     return _by_symbol(runs, [run for run, _ in asked], made)
 
 

@@ -29,11 +29,15 @@ from clusterlob_gpu.lake.native import SymbolLake, days_between, open_symbol
 from clusterlob_gpu.output import RunDirectory, append_ledger, read_seen
 from clusterlob_gpu.pipeline.stages import BadDaysError, Partition, Stages, blaming_lake
 from clusterlob_gpu.store import Store
-from clusterlob_gpu.versions import code_version, library_versions
+from clusterlob_gpu.versions import CODE_VERSION, computing_versions, library_versions
 from clusterlob_gpu.workers import Workers
 
 Bad = dict[str, dict[Partition, ClusterlobError]]
 """Days that are left out, by symbol, and what is wrong with them."""
+
+
+Seen = Mapping[str, str | None]
+"""Fingerprint of every partition of a symbol that was looked at, by "table day"; see `SymbolLake.seen`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,17 @@ class RunRequest(Generic[Config]):
         if self.models is not None:
             asked["models"] = {name: model.as_json() for name, model in self.models.items()}
         return config_hash({"config": self.config.resolved()} | asked)
+
+    @property
+    def identity(self) -> str:
+        """`made_of` of the request: what must be the same for a run that was cut off to be gone on with."""
+        return made_of(self.hash, self.lake)
+
+
+def made_of(asked: str, lake: Path | Location) -> str:
+    """Hash of what was asked for, of the code and libraries, and of where the lake lies."""
+    held = {"asked": asked, "lake": str(Location.of(lake)), "code": CODE_VERSION}
+    return config_hash(held | {"libraries": computing_versions()})
 
 
 @dataclass
@@ -134,7 +149,7 @@ class Outcome:
     tables: dict[str, pd.DataFrame]
     summary: dict[str, Any]
     headline: dict[str, float | None]
-    markets: Mapping[str, SymbolLake | None] = field(default_factory=dict)
+    markets: Mapping[str, Seen | None] = field(default_factory=dict)
     """Further symbols that were looked at; None for one that the lake does not have."""
 
 
@@ -179,7 +194,7 @@ def check_range(request: RunRequest[RunConfig], bad: Bad) -> list[SymbolRun]:
     Raises LakeError naming the first day without trades or book (unless on_bad_day is skip), BadDaysError
     where a file is broken, and InputError where the range is empty or the output cannot be written.
     """
-    RunDirectory(request.out, request.hash)
+    RunDirectory(request.out, request.identity)
     if request.end < request.start:
         raise InputError(f"--end {request.end} lies before --start {request.start}")
     repeated = [name for name in request.symbols if request.symbols.count(name) > 1]
@@ -222,24 +237,29 @@ def without_bad_days(
         except BadDaysError as found:
             if request.config.on_bad_day == "fail":
                 raise
+            new = False
             for symbol, days in found.days.items():
+                new = new or bool(set(days) - set(bad.get(symbol, {})))
                 bad.setdefault(symbol, {}).update(days)
+            if not new:  # what was left out is in the way all the same
+                raise
 
 
 def execute(request: RunRequest[RunConfig], experiment: Experiment[Any], workers: Workers) -> Path:
     """Check, compute, write, draw and publish a run, and add it to the ledger; gives the output folder."""
     bad: Bad = {}
     without_bad_days(request, lambda bad: experiment.check(request, bad), bad)
-    if request.keep_current and is_current(request.out, request.hash, request.lake, request.exchange):
+    if request.keep_current and is_current(request.out, request.identity, request.lake, request.exchange):
         return request.out
     store = Store(request.artefacts)
     store.check_writable()
     clock = Clock()
-    with RunDirectory(request.out, request.hash) as directory, watching(workers, directory):
+    with RunDirectory(request.out, request.identity) as directory, watching(workers, directory):
         try:
 
             def attempt(bad: Bad) -> tuple[list[SymbolRun], Work, Outcome]:
                 runs = experiment.check(request, bad)
+                directory.clear_results()
                 work = Work(Stages(workers, store), clock, directory.work / "results", bad)
                 return runs, work, experiment.compute(request, runs, work)
 
@@ -252,8 +272,8 @@ def execute(request: RunRequest[RunConfig], experiment: Experiment[Any], workers
                 with clock.stage("report"):
                     report.render_run(directory.work)
             directory.write_run(summary | {"timings": clock.stages, "seconds": clock.seconds})
-            lakes = {run.name: run.lake for run in runs}
-            directory.write_seen(what_was_seen([*lakes.items(), *outcome.markets.items()]))
+            seen = [(run.name, run.lake.seen()) for run in runs]
+            directory.write_seen(what_was_seen([*seen, *outcome.markets.items()]))
             rows = {name: counts["kept"] for name, counts in outcome.summary["rows"].items()}
             end = {"status": "done", "headline": outcome.headline, "rows": rows}
             directory.publish([_ledger_line(request, experiment.name, directory, clock, end)])
@@ -262,7 +282,7 @@ def execute(request: RunRequest[RunConfig], experiment: Experiment[Any], workers
             end = {"status": status, "error": f"{type(error).__name__}: {error}"}
             with suppress(OSError):  # a full disk must not hide what went wrong first
                 line = _ledger_line(request, experiment.name, directory, clock, end)
-                append_ledger(directory.out.parent, [line])
+                append_ledger(directory.out.parent, [] if directory.told else [line])
             raise
     return request.out
 
@@ -283,35 +303,41 @@ def watching(workers: Workers, directory: RunDirectory) -> Iterator[None]:
         workers.progress = told
 
 
-def what_was_seen(lakes: Iterable[tuple[str, SymbolLake | None]]) -> dict[str, Any]:
-    """The code, and the partitions of every symbol that a run has looked at, for inputs.json.
+_CHANGED = "changed"
+"""Stands for a partition that was another one when it was looked at again: no later look matches it."""
 
-    None stands for a symbol that the lake does not have.  What one of several lakes of a symbol has left
-    out counts as left out.
+
+def what_was_seen(seen: Iterable[tuple[str, Seen | None]]) -> dict[str, Any]:
+    """The partitions of every symbol that a run has looked at, for inputs.json.
+
+    A symbol may come several times; None stands for one that the lake does not have.
     """
     held: dict[str, dict[str, str | None]] = {}
-    for name, lake in lakes:
+    for name, partitions in seen:
         mine = held.setdefault(name, {})
-        for key, found in (lake.seen() if lake is not None else {}).items():
-            mine[key] = None if key in mine and mine[key] is None else found
-    return {"code": code_version(), "lake": {name: dict(sorted(held[name].items())) for name in sorted(held)}}
+        for key, found in (partitions or {}).items():
+            mine[key] = found if mine.get(key, found) == found else _CHANGED
+    return {"lake": {name: dict(sorted(held[name].items())) for name in sorted(held)}}
 
 
-def is_current(out: Path, asked: str, root: Path | Location, exchange: str) -> bool:
-    """Whether `out` holds a run that was asked for the same, made by this code of a lake that is the same."""
-    held = read_seen(out, asked)
-    if held is None or held["code"] != code_version():
-        return False
-    return all(_is_same(root, exchange, name, found) for name, found in held["lake"].items())
+def is_current(out: Path, made: str, root: Path | Location, exchange: str) -> bool:
+    """Whether `out` holds a run that was made of the same (`made_of`), and the lake is the same too."""
+    held = read_seen(out, made)
+    return held is not None and all(
+        _is_same(root, exchange, name, found) for name, found in held["lake"].items()
+    )
 
 
-def _is_same(root: Path | Location, exchange: str, name: str, found: Mapping[str, str | None]) -> bool:
+def _is_same(root: Path | Location, exchange: str, name: str, found: Seen) -> bool:
     """Whether the lake still shows of a symbol what was found; nothing for one that it did not have."""
+    days_of: dict[str, list[date]] = {}
+    for key in found:
+        table, day = key.split(" ")
+        days_of.setdefault(table, []).append(date.fromisoformat(day))
     try:
         lake = open_symbol(root, exchange, name)
-        for key in found:
-            table, day = key.split(" ")
-            lake.look(table, [date.fromisoformat(day)])
+        for table, days_ in days_of.items():
+            lake.look(table, days_)
     except LakeError:
         return not found
     return bool(found) and lake.seen() == found

@@ -20,11 +20,12 @@ from clusterlob_gpu import (
     flow_evaluation,
     returns,
 )
+from clusterlob_gpu.days import symbol_folder
 from clusterlob_gpu.errors import ClusterlobError
 from clusterlob_gpu.pipeline import cluster, flow
 from clusterlob_gpu.pipeline.cluster import Part
 from clusterlob_gpu.pipeline.flow import FlowPart
-from clusterlob_gpu.store import Artefact, Made, Store, source_hash
+from clusterlob_gpu.store import Artefact, Made, Store, read_frame, source_hash
 
 CLUSTER_CODE = source_hash(str(cluster.__file__), [bars, cluster_days, clustering, days, evaluation, returns])
 FLOW_CODE = source_hash(
@@ -43,7 +44,7 @@ class Evaluated:
         """The IC table of the symbol; empty where there is none."""
         if self.made is None:
             return pd.DataFrame()
-        return pd.read_parquet(store.folder(self.made.address) / "ic.parquet")
+        return read_frame(store.folder(self.made.address) / "ic.parquet")
 
 
 def evaluation_artefact(part: Part | FlowPart) -> Artefact | None:
@@ -63,7 +64,7 @@ def _cluster_artefact(part: Part) -> Artefact:
         "mids": [mids.made.address for mids in part.mids],
         "config": part.config.resolved(),
     }
-    return Artefact("evaluation", f"{part.exchange}-{part.symbol}", _span(part), inputs)
+    return Artefact("evaluation", symbol_folder(part.exchange, part.symbol), _span(part), inputs)
 
 
 def _span(part: Part) -> str:
@@ -86,7 +87,8 @@ def _flow_artefact(part: FlowPart) -> Artefact:
         "days": [str(day) for day in part.days],
         "config": config,
     }
-    return Artefact("evaluation", part.symbol, f"{part.days[0]}..{part.days[-1]}", inputs)
+    folder = symbol_folder(part.exchange, part.symbol)
+    return Artefact("evaluation", folder, f"{part.days[0]}..{part.days[-1]}", inputs)
 
 
 def evaluate(part: Part | FlowPart) -> Evaluated:
