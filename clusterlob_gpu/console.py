@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from clusterlob_gpu.places import Place
     from clusterlob_gpu.quality import LakeCheck
     from clusterlob_gpu.store import Held
-    from clusterlob_gpu.sweep import Trial
+    from clusterlob_gpu.sweep_trials import Trial
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:

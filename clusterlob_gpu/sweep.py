@@ -8,31 +8,21 @@ A trial that fails is a row of the result, and no other trial's trouble.
 
 from __future__ import annotations
 
-import itertools
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from clusterlob_gpu import evaluation, report
+from clusterlob_gpu import report
 from clusterlob_gpu.config import (
-    ClusterConfig,
-    FlowConfig,
     RunConfig,
     config_hash,
-    first_problem,
-    make_config,
-    read_yaml,
 )
-from clusterlob_gpu.errors import ClusterlobError, ConfigError, InputError
+from clusterlob_gpu.errors import ClusterlobError, InputError
 from clusterlob_gpu.files import Location
 from clusterlob_gpu.output import RunDirectory, append_ledger
 from clusterlob_gpu.pipeline import cluster, flow, trials
@@ -53,60 +43,21 @@ from clusterlob_gpu.pipeline.run import (
 from clusterlob_gpu.pipeline.stages import PlanEnds, Stages, Tally
 from clusterlob_gpu.pipeline.trials import Evaluated
 from clusterlob_gpu.store import Store
+from clusterlob_gpu.sweep_tables import all_tests, is_ready, keys_of, problem_of_trial, strongest, trial_table
+from clusterlob_gpu.sweep_trials import (
+    Family,
+    Key,
+    Results,
+    SweepFile,
+    Trial,
+    families,
+    make_trials,
+    read_sweep,
+)
 from clusterlob_gpu.versions import CODE_VERSION, library_versions
 from clusterlob_gpu.workers import Workers
 
-Kind = Literal["cluster", "flow"]
-CONFIGS: dict[str, type[RunConfig]] = {"cluster": ClusterConfig, "flow": FlowConfig}
-OWN_OF_FLOW = {
-    "quantiles",
-    "threshold_window",
-    "variants",
-    "horizons",
-    "controls",
-    "fee_bps",
-    "slippage_bps",
-    "seed",
-}
-"""Settings in which the trials of one family of the taker-flow experiment may differ."""
-
-
-class SweepFile(BaseModel):
-    """A sweep as its file describes it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    experiments: tuple[Kind, ...] = Field(("cluster",), min_length=1)
-    """What every trial runs; a setting goes to the experiments that know it."""
-    exchange: str
-    symbols: tuple[str, ...] = Field(min_length=1)
-    start: date
-    end: date
-    config: dict[str, Any] = {}
-    """Settings that all trials share."""
-    grid: dict[str, list[Any]] = {}
-    """Values by key; every combination is a trial.  The key `symbols` takes lists of symbols."""
-    trials: list[dict[str, Any]] = []
-    """Further trials, each a set of keys and values."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One point of a sweep."""
-
-    number: int
-    settings: Mapping[str, Any]
-    """What the grid or the list gives it."""
-    symbols: tuple[str, ...]
-    configs: Mapping[str, RunConfig]
-    """Its config by experiment; none where the settings are not valid."""
-    problem: str | None = None
-
-    @property
-    def id(self) -> str:
-        """Hash of its number and of what it computes."""
-        held = {name: config.resolved() for name, config in self.configs.items()}
-        return config_hash({"n": self.number, "settings": self.settings, "s": self.symbols, "c": held})
+__all__ = ["SweepFile", "SweepRequest", "plan_sweep", "read_sweep", "run_sweep"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,112 +103,6 @@ class SweepRequest:
         )
 
 
-def read_sweep(path: Path) -> SweepFile:
-    """A sweep file; raises ConfigError naming the file and the field."""
-    try:
-        file = SweepFile(**read_yaml(path))
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {first_problem(error, SweepFile)}") from None
-    known = {"symbols"}.union(*(CONFIGS[name].model_fields for name in file.experiments))
-    used = [*file.config, *file.grid, *(key for trial in file.trials for key in trial)]
-    unknown = [key for key in used if key not in known]
-    if unknown:
-        raise ConfigError(f"{path}: {unknown[0]}: no such key of {' or '.join(file.experiments)}")
-    empty = [key for key, values in file.grid.items() if not values]
-    if empty:
-        raise ConfigError(f"{path}: grid.{empty[0]}: has no values")
-    return file
-
-
-def make_trials(file: SweepFile) -> list[Trial]:
-    """Every trial of a sweep, the grid first, in the order of its keys and values."""
-    points: list[dict[str, Any]] = []
-    if file.grid or not file.trials:
-        points += [
-            dict(zip(file.grid, values, strict=True)) for values in itertools.product(*file.grid.values())
-        ]
-    points += file.trials
-    return [_trial(file, number, point) for number, point in enumerate(points)]
-
-
-def _trial(file: SweepFile, number: int, point: Mapping[str, Any]) -> Trial:
-    symbols = point.get("symbols", file.symbols)
-    symbols = (symbols,) if isinstance(symbols, str) else tuple(symbols)
-    settings = {**file.config, **{key: value for key, value in point.items() if key != "symbols"}}
-    configs: dict[str, RunConfig] = {}
-    problem = None
-    try:
-        if len(set(symbols)) < len(symbols):
-            raise ConfigError(f"symbols = {list(symbols)}: each once")
-        for name in file.experiments:
-            kind = CONFIGS[name]
-            mine = {key: value for key, value in settings.items() if key in kind.model_fields}
-            configs[name] = make_config(mine, (), kind)
-    except ConfigError as error:
-        configs, problem = {}, str(error)
-    return Trial(number, point, symbols, configs, problem)
-
-
-class Key(NamedTuple):
-    """An evaluation: what trials that differ in nothing that the experiment looks at share."""
-
-    experiment: str
-    config: str
-    """Hash of the config."""
-    symbol: str
-
-
-@dataclass(frozen=True)
-class Family:
-    """Configs of one experiment that share their features, and the symbols that trials ask of them."""
-
-    experiment: str
-    asked: dict[Key, RunConfig] = field(default_factory=dict)
-    """Config of every evaluation that some trial asks for."""
-
-    @property
-    def configs(self) -> list[RunConfig]:
-        """Every config once."""
-        return list({key.config: config for key, config in self.asked.items()}.values())
-
-    @property
-    def symbols(self) -> list[str]:
-        """Every symbol once."""
-        return list(dict.fromkeys(key.symbol for key in self.asked))
-
-    def parted(self) -> list[Family]:
-        """A family for every config; for every symbol where there is one config."""
-        by = "config" if len(self.configs) > 1 else "symbol"
-        parts: dict[str, Family] = {}
-        for key, config in self.asked.items():
-            parts.setdefault(getattr(key, by), Family(self.experiment)).asked[key] = config
-        return list(parts.values())
-
-    def without(self, results: Results) -> Family:
-        """The evaluations that have no result yet."""
-        return Family(self.experiment, {k: config for k, config in self.asked.items() if k not in results})
-
-
-def families(made: Sequence[Trial]) -> list[Family]:
-    """The families of the trials, in the order of their first trials."""
-    found: dict[str, Family] = {}
-    for trial in made:
-        for experiment, config in trial.configs.items():
-            family = found.setdefault(_family_key(experiment, config), Family(experiment))
-            for name in trial.symbols:
-                family.asked[Key(experiment, config_hash(config.resolved()), name)] = config
-    return list(found.values())
-
-
-def _family_key(experiment: str, config: RunConfig) -> str:
-    if experiment == "cluster":
-        kept = config.model_dump(mode="json", include={*cluster.FEATURE_KEYS, "on_bad_day"})
-    else:
-        kept = config.model_dump(mode="json", exclude=OWN_OF_FLOW)
-    return config_hash({"experiment": experiment, "config": kept})
-
-
-Results = dict[Key, Evaluated]
 SeenSymbols = list[tuple[str, Seen | None]]
 
 
@@ -277,7 +122,7 @@ def run_sweep(request: SweepRequest, workers: Workers) -> Path:
             told: set[int] = set()
             for family in families(made):
                 results |= _evaluate_family(request, family, desk)
-                ready = [trial for trial in made if trial.number not in told and _is_ready(trial, results)]
+                ready = [trial for trial in made if trial.number not in told and is_ready(trial, results)]
                 lines = [_trial_line(request, directory, trial, results, store) for trial in ready]
                 append_ledger(directory.out.parent, lines)
                 told |= {trial.number for trial in ready}
@@ -432,110 +277,6 @@ def plan_sweep(request: SweepRequest, workers: Workers) -> tuple[list[Trial], di
     return made, stages.tallies, problems
 
 
-# ---- results ------------------------------------------------------------------------------------------
-
-
-def _keys(trial: Trial) -> Iterator[Key]:
-    for experiment, config in trial.configs.items():
-        for name in trial.symbols:
-            yield Key(experiment, config_hash(config.resolved()), name)
-
-
-def _is_ready(trial: Trial, results: Results) -> bool:
-    return all(key in results for key in _keys(trial))
-
-
-def _problem(trial: Trial, results: Results) -> str | None:
-    """Why a trial has failed; None if it has not."""
-    if trial.problem is not None:
-        return trial.problem
-    return next((results[key].problem for key in _keys(trial) if results[key].made is None), None)
-
-
-_SAME = ("experiment", "symbol", "cluster", "signal", "target", "n", "ic", "hac_p")
-"""Columns by which one test is known from another; equal numbers of another config are the same test."""
-
-
-def all_tests(made: Sequence[Trial], results: Results, store: Store) -> pd.DataFrame:
-    """ICs of every trial: its number in front, p_fdr and verdict over all distinct tests of the sweep.
-
-    Trials may share evaluations, and evaluations that differ in another target alone repeat a test to the
-    last digit: in the correction either counts once.
-    """
-    tables = []
-    for number, (key, found) in enumerate(results.items()):
-        table = found.ic(store)
-        if len(table):
-            tables.append(table.assign(evaluation=number, experiment=key.experiment, symbol=key.symbol))
-    if not tables:
-        return pd.DataFrame({"trial": np.empty(0, np.int64)})
-    table = pd.concat(tables, ignore_index=True)
-    table = table.rename(columns={"p_fdr": "p_fdr_alone", "verdict": "verdict_alone"})
-    same = [name for name in _SAME if name in table]
-    distinct = evaluation.judge(table.drop_duplicates(same))
-    mixed = distinct["verdict_alone"].eq("mixed")
-    distinct = distinct.assign(verdict=distinct["verdict"].mask(mixed, "mixed"))
-    corrected = distinct[[*same, "p_fdr", "verdict"]]
-    table = table.merge(corrected, on=same, how="left", validate="many_to_one")
-    number_of = {key: number for number, key in enumerate(results)}
-    of_trials = pd.DataFrame(
-        [(trial.number, number_of[key]) for trial in made for key in _keys(trial) if key in number_of],
-        columns=["trial", "evaluation"],
-    )
-    table = of_trials.merge(table, on="evaluation", how="inner")
-    front = ["trial", "evaluation", "experiment", "symbol"]
-    return table[[*front, *(name for name in table.columns if name not in front)]]
-
-
-_BEST = (
-    "experiment",
-    "symbol",
-    "cluster",
-    "label",
-    "signal",
-    "target",
-    "n",
-    "ic",
-    "rank_ic",
-    "hac_t",
-    "mde",
-    "p_fdr",
-)
-
-
-def trial_table(made: Sequence[Trial], results: Results, tests: pd.DataFrame) -> pd.DataFrame:
-    """A row per trial: settings, status, number of predictive tests, how many stand, and the strongest one.
-
-    "Strongest" is the smallest hac_p of a test that is not thin: picked after looking, so its own p is
-    worth nothing; p_fdr is corrected over all distinct tests of the sweep.
-    """
-    rows = []
-    names = list(dict.fromkeys(key for trial in made for key in trial.settings))
-    for trial in made:
-        problem = _problem(trial, results)
-        mine = tests[tests["trial"] == trial.number] if problem is None else tests.iloc[:0]
-        row: dict[str, Any] = {"trial": trial.number, "id": trial.id}
-        row |= {name: json.dumps(trial.settings[name]) if name in trial.settings else None for name in names}
-        row |= {"status": "done" if problem is None else "failed", "error": problem}
-        rows.append(row | _strongest(mine))
-    return pd.DataFrame(rows)
-
-
-def _strongest(tests: pd.DataFrame) -> dict[str, Any]:
-    if tests.empty:
-        return {"tests": 0, "stand": 0} | dict.fromkeys(f"best_{name}" for name in _BEST)
-    counted = tests[tests["predictive"] & ~tests["thin"].astype(bool) & tests["hac_p"].notna()]
-    found: dict[str, Any] = {
-        "tests": len(counted),
-        "stand": int(counted["verdict"].isin(["positive", "negative"]).sum()),
-    }
-    if counted.empty:
-        return found | dict.fromkeys(f"best_{name}" for name in _BEST)
-    best = counted.iloc[int(np.argmin(counted["hac_p"].to_numpy()))]
-    held = {name: best.get(name) for name in _BEST}
-    return found | {f"best_{name}": None if pd.isna(value) else value for name, value in held.items()}
-
-
 def _line(request: SweepRequest, directory: RunDirectory, clock: Clock) -> dict[str, Any]:
     return {
         "id": directory.attempt.id,
@@ -554,7 +295,7 @@ def _trial_line(
     request: SweepRequest, directory: RunDirectory, trial: Trial, results: Results, store: Store
 ) -> dict[str, Any]:
     """A trial's line in the ledger; its headline is corrected over the trial alone."""
-    problem = _problem(trial, results)
+    problem = problem_of_trial(trial, results)
     line: dict[str, Any] = {
         "id": f"{directory.attempt.id}/{trial.id}",
         "experiment": "+".join(request.file.experiments),
@@ -569,8 +310,8 @@ def _trial_line(
     }
     if problem is not None:
         return line | {"error": problem}
-    tests = pd.concat([results[key].ic(store) for key in _keys(trial)], ignore_index=True)
-    best = _strongest(tests)
+    tests = pd.concat([results[key].ic(store) for key in keys_of(trial)], ignore_index=True)
+    best = strongest(tests)
     ic = best["best_ic"]
     return line | {"tests": best["tests"], "headline": None if ic is None else round(float(ic), 6)}
 

@@ -15,11 +15,12 @@ import pytest
 from rich.console import Console
 from scipy.stats import norm
 
-from clusterlob_gpu import page, sweep_report
+from clusterlob_gpu import page, sweep_pictures, sweep_report, sweep_view
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.evaluation import Z_POWER, judge
 from clusterlob_gpu.report import console_tables, render_run
-from clusterlob_gpu.sweep_report import STANDING, SweepView, findings, headlines, read_run
+from clusterlob_gpu.sweep_report import findings
+from clusterlob_gpu.sweep_view import STANDING, SweepView, headlines, read_run
 
 HOUR = 3_600_000_000
 LABELS = {-1: "all", 0: "passive", 1: "opportunistic", 2: "directional"}
@@ -178,13 +179,16 @@ def test_render__writes_pictures_and_one_self_contained_page(wide: Path) -> None
 def test_page__counts_what_was_searched_as_the_tables_do(wide: Path) -> None:
     tests = pd.read_parquet(wide / "results" / "sweep_ic.parquet")
     distinct = tests.drop_duplicates(["evaluation", "cluster", "signal", "target"])
-    tested = distinct[distinct["p_fdr"].notna()]
+    tested = distinct[distinct["p_fdr"].notna()].sort_values("evaluation", kind="stable")
+    numbers = ["experiment", "symbol", "cluster", "signal", "target", "n", "ic", "hac_p"]
+    repeated = int(tested.duplicated(numbers).sum())
+    tested = tested.drop_duplicates(numbers)
     small, standing = (tested["hac_p"] < 0.05).sum(), tested["verdict"].isin(STANDING).sum()
     alone = tested["verdict_alone"].isin(STANDING).sum()
     text = (wide / "report.html").read_text()
     evaluations = tests["evaluation"].nunique()
     assert f"24 trials, of which 2 failed, gave {evaluations} distinct evaluations" in text
-    assert f"with {len(tested)} distinct tests" in text
+    assert f"with {len(tested)} distinct tests; {repeated} further ones only repeat the numbers" in text
     assert (
         f"{small} of {len(tested)} tests have p below 0.05 before any correction; from noise alone one"
         in text
@@ -231,7 +235,7 @@ def test_settings_that_matter__leave_out_what_changes_nothing(wide: Path) -> Non
 def test_settings_that_matter__stay_where_nothing_can_be_told_apart() -> None:
     """Two settings that always change together: no rows differ in one of them alone."""
     rows = pd.DataFrame({"panel": "a", "k": ["2", "3"], "window": ["50", "100"], "ic": [0.1, 0.2]})
-    assert sweep_report.settings_that_matter(rows, ["k", "window"], ["panel"]) == ["k", "window"]
+    assert sweep_view.settings_that_matter(rows, ["k", "window"], ["panel"]) == ["k", "window"]
 
 
 def test_values__stand_in_rising_order_and_durations_by_length() -> None:
@@ -241,12 +245,12 @@ def test_values__stand_in_rising_order_and_durations_by_length() -> None:
         ([["3h"], ["5m", "1h"]], ["5m, 1h", "3h"]),
         (["own", 3], ["own", "3"]),
     ):
-        assert list(sweep_report._ordered(values).categories) == expected
+        assert list(sweep_view._ordered(values).categories) == expected
 
 
 def test_pictures__show_ic_and_interval_of_the_tables(wide: Path) -> None:
     cluster, flow = headlines(read_run(wide), "BTCUSDT")
-    axes = dict(zip(cluster.panels, sweep_report.ic_by_setting(cluster).axes, strict=True))
+    axes = dict(zip(cluster.panels, sweep_pictures.ic_by_setting(cluster).axes, strict=True))
     mine = cluster.rows[cluster.rows["panel"] == "opportunistic"].sort_values("k")
     marks = [line.get_data() for line in axes["opportunistic"].lines if line.get_marker() == "o"]
     drawn = {y: x for line in marks for x, y in zip(*line, strict=True)}
@@ -256,7 +260,7 @@ def test_pictures__show_ic_and_interval_of_the_tables(wide: Path) -> None:
     assert found == [
         pytest.approx(pair) for pair in sorted(zip(mine["ci_low"], mine["ci_high"], strict=True))
     ]
-    means, stands = sweep_report.cells(flow, "large, one bar")
+    means, stands = sweep_pictures.cells(flow, "large, one bar")
     row = flow.rows.query("panel == 'large, one bar' and quantiles == '0.9, 0.5' and horizons == '3h'").iloc[
         0
     ]
@@ -298,11 +302,11 @@ def test_many_trials__show_the_strongest_in_the_terminal_and_no_names_in_the_pic
     view = SweepView(view.info, view.trials, distinguishable(view), view.evaluations)
     (headline,) = headlines(view, "BTCUSDT")
     assert len(headline.points) == 70
-    figure = sweep_report.ic_by_setting(headline)
+    figure = sweep_pictures.ic_by_setting(headline)
     assert [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()] == []
-    assert sweep_report.widest(headline) == ("window", "k")
+    assert sweep_pictures.widest(headline) == ("window", "k")
     assert not headline.in_sample
-    sweep_report.ic_map(headline)
+    sweep_pictures.ic_map(headline)
 
 
 def test_many_trials__page_without_any_effect_says_so(many: Path) -> None:
