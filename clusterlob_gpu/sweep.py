@@ -26,6 +26,7 @@ from clusterlob_gpu.errors import ClusterlobError, InputError
 from clusterlob_gpu.files import Location
 from clusterlob_gpu.output import RunDirectory, append_ledger
 from clusterlob_gpu.pipeline import cluster, flow, trials
+from clusterlob_gpu.pipeline.parts import prepare_parts
 from clusterlob_gpu.pipeline.run import (
     Bad,
     Clock,
@@ -235,7 +236,7 @@ def _family_parts(asked: RunRequest[Any], family: Family, work: Work) -> tuple[l
     absent: SeenSymbols = []
     if family.experiment == "cluster":
         runs: list[Any] = cluster.check_cluster(asked, configs, work.bad)
-        rows: Sequence[Sequence[Any]] = cluster.prepare_parts(asked, configs, runs, work)
+        rows: Sequence[Sequence[Any]] = prepare_parts(asked, configs, runs, work)
     else:
         runs = flow.check_flow(asked, work.bad)
         rows, markets = flow.prepare_flow(asked, configs, runs, work)

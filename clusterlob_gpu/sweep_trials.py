@@ -21,7 +21,7 @@ from clusterlob_gpu.config import (
     read_yaml,
 )
 from clusterlob_gpu.errors import ConfigError
-from clusterlob_gpu.pipeline import cluster
+from clusterlob_gpu.pipeline.parts import FEATURE_KEYS
 from clusterlob_gpu.pipeline.trials import Evaluated
 
 Kind = Literal["cluster", "flow"]
@@ -176,7 +176,7 @@ def families(made: Sequence[Trial]) -> list[Family]:
 
 def _family_key(experiment: str, config: RunConfig) -> str:
     if experiment == "cluster":
-        kept = config.model_dump(mode="json", include={*cluster.FEATURE_KEYS, "on_bad_day"})
+        kept = config.model_dump(mode="json", include={*FEATURE_KEYS, "on_bad_day"})
     else:
         kept = config.model_dump(mode="json", exclude=OWN_OF_FLOW)
     return config_hash({"experiment": experiment, "config": kept})

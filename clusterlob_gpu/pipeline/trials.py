@@ -22,12 +22,12 @@ from clusterlob_gpu import (
 )
 from clusterlob_gpu.days import symbol_folder
 from clusterlob_gpu.errors import ClusterlobError
-from clusterlob_gpu.pipeline import cluster, flow
-from clusterlob_gpu.pipeline.cluster import Part
+from clusterlob_gpu.pipeline import flow, parts
 from clusterlob_gpu.pipeline.flow import FlowPart
+from clusterlob_gpu.pipeline.parts import Part
 from clusterlob_gpu.store import Artefact, Made, Store, read_frame, source_hash
 
-CLUSTER_CODE = source_hash(str(cluster.__file__), [bars, cluster_days, clustering, days, evaluation, returns])
+CLUSTER_CODE = source_hash(str(parts.__file__), [bars, cluster_days, clustering, days, evaluation, returns])
 FLOW_CODE = source_hash(
     str(flow.__file__), [controls, evaluation, flow_bars, flow_days, flow_evaluation, returns]
 )
@@ -110,5 +110,5 @@ def evaluate(part: Part | FlowPart) -> Evaluated:
 def _ic(part: Part | FlowPart) -> pd.DataFrame:
     if isinstance(part, FlowPart):
         return flow_evaluation.flow_ic(flow.part_bars(part), flow.flow_plan(part.config))
-    tables = cluster.part_tables(part, fitted=True)
-    return cluster.ic_of(part.config, tables["buckets"], tables["centroids"])
+    tables = parts.part_tables(part, fitted=True)
+    return parts.ic_of(part.config, tables["buckets"], tables["centroids"])
