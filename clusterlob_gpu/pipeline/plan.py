@@ -17,11 +17,11 @@ from clusterlob_gpu.pipeline.stages import PlanEnds, Stages, Tally
 from clusterlob_gpu.store import Store
 from clusterlob_gpu.workers import Workers
 
-BYTES_PER_TRADE = {ClusterConfig: 330, FlowConfig: 130}
-"""Peak memory of a task per trade of its day; see `scripts/bench_memory`."""
-BYTES_PER_BOOK_ROW = 330
+BYTES_PER_TRADE = {ClusterConfig: 150, FlowConfig: 50}
+"""Peak memory of a task per trade of its day, as `scripts/bench_memory` measures it."""
+BYTES_PER_BOOK_ROW = 200
 """The same per book row."""
-BASE_BYTES = 350 << 20
+BASE_BYTES = 340 << 20
 """Memory of a worker that has done nothing but import and compile."""
 
 
