@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -422,7 +423,28 @@ def save_columns(folder: Path, **columns: np.ndarray) -> None:
         np.save(folder / f"{name}.npy", values)
 
 
+_NPY_HEADER = re.compile(
+    r"\{'descr': '(?P<kind>[^']+)', 'fortran_order': (?P<order>True|False), "
+    r"'shape': \((?P<shape>[\d, ]*)\), \}"
+)
+
+
 def load_column(folder: Path, name: str) -> np.ndarray:
-    """An array written by `save_columns`, mapped from its file."""
-    mapped = np.load(folder / f"{name}.npy", mmap_mode="c")
-    return np.asarray(mapped)
+    """An array written by `save_columns`, mapped from its file.
+
+    The header is read here and not by `numpy.load`, which parses it as Python: in some releases CPython's
+    parser fails at random (gh-106905) when several threads use it at once, as the tasks of a run do.
+    """
+    path = folder / f"{name}.npy"
+    with path.open("rb") as file:
+        magic = file.read(10)
+        header = file.read(int.from_bytes(magic[8:], "little")).decode("latin1")
+        start = file.tell()
+    found = _NPY_HEADER.fullmatch(header.strip())
+    if magic[:8] != b"\x93NUMPY\x01\x00" or found is None:
+        raise ClusterlobError(f"{path}: not an array of this store; remove its folder")
+    shape = tuple(int(length) for length in found["shape"].split(",") if length.strip())
+    if 0 in shape:
+        return np.empty(shape, found["kind"])
+    order: Literal["C", "F"] = "F" if found["order"] == "True" else "C"
+    return np.asarray(np.memmap(path, found["kind"], "c", start, shape, order))
