@@ -180,6 +180,7 @@ def book_rows(job: DayJob[RunConfig], book: BookDay | None, until: int | None = 
 
 
 def day_context(job: ClusterDay, book: BookDay | None, carry: BookCarry | None) -> Context:
+    """The book that a day's trades meet: its own rows and the state before them."""
     qty_unit = job.lake.symbol.qty_unit
     return context.make_context(book_rows(job, book), carry, qty_unit, job.config.spread)
 
@@ -284,6 +285,7 @@ def make_features(task: FeatureTask) -> FeatureDay:
 def scored_day(
     job: ClusterDay, book: BookDay, state: State, dtype: type[np.floating]
 ) -> tuple[MetTrades, np.ndarray, int]:
+    """A day's trades that have z-scores, these scores (6, n), and how many trades the day has."""
     met, n = _meet(job, day_context(job, book, state.book))
     met, z = features.scored(met, state.tail, job.config.window, dtype)
     return met, z, n

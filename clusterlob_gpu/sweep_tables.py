@@ -18,12 +18,14 @@ from clusterlob_gpu.sweep_trials import Key, Results, Trial
 
 
 def keys_of(trial: Trial) -> Iterator[Key]:
+    """Evaluations that a trial asks for."""
     for experiment, config in trial.configs.items():
         for name in trial.symbols:
             yield Key(experiment, config_hash(config.resolved()), name)
 
 
 def is_ready(trial: Trial, results: Results) -> bool:
+    """Whether every evaluation of a trial has a result."""
     return all(key in results for key in keys_of(trial))
 
 

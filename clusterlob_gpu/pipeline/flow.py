@@ -204,6 +204,7 @@ def together(configs: Sequence[FlowConfig]) -> FlowConfig:
 
 
 def flow_plan(config: FlowConfig) -> flow_evaluation.FlowPlan:
+    """What a config asks of the bars."""
     return flow_evaluation.FlowPlan(
         width_us=config.bar,
         horizons_us=config.horizons,

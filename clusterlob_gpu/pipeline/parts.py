@@ -326,6 +326,7 @@ def part_tables(part: Part, fitted: bool) -> dict[str, pd.DataFrame]:
 
 
 def front(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """The table with some columns first."""
     return table[[*names, *(name for name in table.columns if name not in names)]]
 
 
