@@ -49,6 +49,8 @@ MIN_DAYS = 3
 Z_95 = float(norm.ppf(1 - LEVEL / 2))
 Z_POWER = Z_95 + float(norm.ppf(0.8))
 """Standard errors that an effect must measure to be found with 80 % power by a two-sided 5 % test."""
+SAME_TEST = ("experiment", "symbol", "cluster", "signal", "target", "n", "ic", "hac_p")
+"""Columns by which one test of a sweep is known from another: equal in all, they are one measurement."""
 _DRAWS_AT_ONCE = 64
 
 

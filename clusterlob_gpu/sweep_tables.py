@@ -36,10 +36,6 @@ def problem_of_trial(trial: Trial, results: Results) -> str | None:
     return next((results[key].problem for key in keys_of(trial) if results[key].made is None), None)
 
 
-_SAME = ("experiment", "symbol", "cluster", "signal", "target", "n", "ic", "hac_p")
-"""Columns by which one test is known from another; equal numbers of another config are the same test."""
-
-
 def all_tests(made: Sequence[Trial], results: Results, store: Store) -> pd.DataFrame:
     """ICs of every trial: its number in front, p_fdr and verdict over all distinct tests of the sweep.
 
@@ -55,7 +51,7 @@ def all_tests(made: Sequence[Trial], results: Results, store: Store) -> pd.DataF
         return pd.DataFrame({"trial": np.empty(0, np.int64)})
     table = pd.concat(tables, ignore_index=True)
     table = table.rename(columns={"p_fdr": "p_fdr_alone", "verdict": "verdict_alone"})
-    same = [name for name in _SAME if name in table]
+    same = [name for name in evaluation.SAME_TEST if name in table]
     distinct = evaluation.judge(table.drop_duplicates(same))
     mixed = distinct["verdict_alone"].eq("mixed")
     distinct = distinct.assign(verdict=distinct["verdict"].mask(mixed, "mixed"))
@@ -106,6 +102,7 @@ def trial_table(made: Sequence[Trial], results: Results, tests: pd.DataFrame) ->
 
 
 def strongest(tests: pd.DataFrame) -> dict[str, Any]:
+    """Number of predictive tests, how many stand, and the one with the smallest p (`best_*`)."""
     if tests.empty:
         return {"tests": 0, "stand": 0} | dict.fromkeys(f"best_{name}" for name in _BEST)
     counted = tests[tests["predictive"] & ~tests["thin"].astype(bool) & tests["hac_p"].notna()]

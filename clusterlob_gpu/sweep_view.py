@@ -12,6 +12,7 @@ import pandas as pd
 
 from clusterlob_gpu import page
 from clusterlob_gpu.config import ClusterConfig, FlowConfig, RunConfig, make_config, parse_duration
+from clusterlob_gpu.evaluation import SAME_TEST
 from clusterlob_gpu.findings import HEADLINE_SIGNAL, HEADLINE_TARGET
 from clusterlob_gpu.flow_evaluation import LARGE
 from clusterlob_gpu.schema import ALL_CLUSTERS
@@ -23,8 +24,6 @@ LONG_SUM = f"{LARGE}_sum_3h"
 STANDING = ("positive", "negative")
 
 _TEST = ["evaluation", "cluster", "signal", "target"]
-_NUMBERS = ["experiment", "symbol", "cluster", "signal", "target", "n", "ic", "hac_p"]
-"""Tests that agree in all of these are one measurement under two settings."""
 _COLUMNS = (
     *("trial", "evaluation", "experiment", "symbol", "cluster", "label", "signal", "target", "horizon_us"),
     *("n", "ic", "ci_low", "ci_high", "hac_t", "hac_p", "mde", "predictive", "thin"),
@@ -65,7 +64,7 @@ class SweepView:
     def tests(self) -> pd.DataFrame:
         """The distinct tests for which p was corrected, the strongest first."""
         tests = counted_tests(self.rows).sort_values(["hac_p", "evaluation"], kind="stable")
-        return tests.drop_duplicates(_NUMBERS)
+        return tests.drop_duplicates(list(SAME_TEST))
 
     @property
     def symbols(self) -> list[str]:
@@ -78,6 +77,7 @@ class SweepView:
 
 
 def counted_tests(rows: pd.DataFrame) -> pd.DataFrame:
+    """Predictive tests that have a p and are not thin: those that are corrected for."""
     return rows[rows["predictive"] & ~rows["thin"] & rows["hac_p"].notna()]
 
 
@@ -86,6 +86,7 @@ def _varies(values: pd.Series) -> bool:
 
 
 def is_standing(rows: pd.DataFrame) -> pd.Series:
+    """Whether each test stands after correction."""
     return rows["verdict"].isin(STANDING)
 
 
@@ -256,8 +257,10 @@ def _panels(rows: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
 
 
 def count_text(count: int, noun: str) -> str:
+    """A number with its noun: `1 trial`, `60 trials`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def capital(text: str) -> str:
+    """The text with its first letter large."""
     return text[:1].upper() + text[1:]
