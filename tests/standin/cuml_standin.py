@@ -20,9 +20,7 @@ _STRINGS = ("scalable-k-means++", "k-means||", "k-means++", "random")
 
 def _rows(X: Any) -> np.ndarray:  # noqa: N803
     """Host copy of the rows of a fit; cuML takes arrays of either side, in float32 or float64."""
-    if getattr(X, "_is_frame", False):
-        X = X.to_cupy()
-    host = X._host if isinstance(X, cupy.ndarray) else np.asarray(X)
+    host = _host(X)
     if host.ndim != 2:
         raise ValueError(f"Expected 2D array, got {host.ndim}D array instead")
     host = host if host.dtype in (np.float32, np.float64) else host.astype(np.float32)
@@ -38,8 +36,8 @@ class KMeans:
     def __init__(
         self, *, n_clusters: int = 8, max_iter: int = 300, tol: float = 1e-4, verbose: Any = False,
         random_state: int | None = None, init: Any = "scalable-k-means++", n_init: Any = "auto",
-        oversampling_factor: float = 2.0, max_samples_per_batch: int = 1 << 15, device_buffer_samples: int = 0,
-        init_size: int = 0, output_type: str | None = None,
+        oversampling_factor: float = 2.0, max_samples_per_batch: int = 1 << 15,
+        device_buffer_samples: int = 0, init_size: int = 0, output_type: str | None = None,
     ) -> None:  # fmt: skip
         self.n_clusters, self.max_iter, self.tol, self.random_state = n_clusters, max_iter, tol, random_state
         self.init, self.n_init, self.oversampling_factor = init, n_init, oversampling_factor
@@ -129,7 +127,7 @@ class KMeans:
 def _host(values: Any) -> np.ndarray:
     if getattr(values, "_is_frame", False):
         values = values.to_cupy()
-    return np.array(values._host if isinstance(values, cupy.ndarray) else values)
+    return values._host if isinstance(values, cupy.ndarray) else np.asarray(values)
 
 
 @mirror("cuml.dask.cluster.KMeans")
@@ -141,6 +139,7 @@ class DaskKMeans:
     ) -> None:
         from distributed import default_client
 
+        cupy.register_with_dask()
         self.client = client or default_client()
         self.kwargs = {"n_clusters": n_clusters, **kwargs}
         KMeans(**self.kwargs)  # an unknown keyword fails here; in reality on a worker

@@ -104,6 +104,10 @@ def _binary(function: Callable[..., Any], swapped: bool = False) -> Callable[...
     return method
 
 
+def _unary(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self: wrap(_computed(function, self._host))
+
+
 def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: ndarray, other: Any) -> ndarray:
         _computed(function, self._host, host_of(other), out=self._host)
@@ -120,6 +124,16 @@ def _delegated(name: str) -> Callable[..., Any]:
 
     method.__name__ = name
     return method
+
+
+def _names(text: str) -> list[str]:
+    return text.split()
+
+
+_DELEGATED = _names("""
+    all any argmax argmin argsort clip conj cumprod cumsum diagonal dot max mean min nonzero prod ptp
+    ravel repeat round searchsorted squeeze std sum swapaxes take trace var
+""")
 
 
 class Flags:
@@ -349,40 +363,9 @@ class ndarray:  # noqa: N801
         locals()[f"__{_name}__"] = _binary(getattr(operator, _name, divmod))
     __rdivmod__ = _binary(divmod, swapped=True)
     for _name in ("neg", "pos", "abs", "invert"):
-        locals()[f"__{_name}__"] = lambda self, _function=getattr(operator, _name): wrap(
-            _function(self._host)
-        )
+        locals()[f"__{_name}__"] = _unary(getattr(operator, _name))
 
-    for _name in [
-        "all",
-        "any",
-        "argmax",
-        "argmin",
-        "argsort",
-        "clip",
-        "conj",
-        "cumprod",
-        "cumsum",
-        "diagonal",
-        "dot",
-        "max",
-        "mean",
-        "min",
-        "nonzero",
-        "prod",
-        "ptp",
-        "ravel",
-        "repeat",
-        "round",
-        "searchsorted",
-        "squeeze",
-        "std",
-        "sum",
-        "swapaxes",
-        "take",
-        "trace",
-        "var",
-    ]:
+    for _name in _DELEGATED:
         locals()[_name] = _delegated(_name)
     del _name, _function
 
@@ -489,133 +472,21 @@ def _target(array: Any) -> np.ndarray:
 
 # ---- Functions --------------------------------------------------------------------------------------
 
-_OF_ARRAYS = [
-    "all",
-    "allclose",
-    "amax",
-    "amin",
-    "any",
-    "append",
-    "argmax",
-    "argmin",
-    "argpartition",
-    "argsort",
-    "argwhere",
-    "around",
-    "array_equal",
-    "array_split",
-    "atleast_1d",
-    "atleast_2d",
-    "average",
-    "bincount",
-    "broadcast_to",
-    "choose",
-    "clip",
-    "column_stack",
-    "compress",
-    "concatenate",
-    "copyto",
-    "corrcoef",
-    "count_nonzero",
-    "cov",
-    "cross",
-    "cumprod",
-    "cumsum",
-    "delete",
-    "diag",
-    "diagonal",
-    "diff",
-    "digitize",
-    "dot",
-    "dsplit",
-    "dstack",
-    "ediff1d",
-    "einsum",
-    "expand_dims",
-    "extract",
-    "fill_diagonal",
-    "flatnonzero",
-    "flip",
-    "fliplr",
-    "flipud",
-    "gradient",
-    "histogram",
-    "hsplit",
-    "hstack",
-    "inner",
-    "interp",
-    "intersect1d",
-    "isclose",
-    "isin",
-    "isneginf",
-    "isposinf",
-    "kron",
-    "lexsort",
-    "matmul",
-    "max",
-    "mean",
-    "median",
-    "min",
-    "moveaxis",
-    "nan_to_num",
-    "nanargmax",
-    "nanargmin",
-    "nancumprod",
-    "nancumsum",
-    "nanmax",
-    "nanmean",
-    "nanmedian",
-    "nanmin",
-    "nanprod",
-    "nanstd",
-    "nansum",
-    "nanvar",
-    "nonzero",
-    "outer",
-    "pad",
-    "partition",
-    "percentile",
-    "prod",
-    "ptp",
-    "put_along_axis",
-    "quantile",
-    "ravel",
-    "repeat",
-    "reshape",
-    "resize",
-    "roll",
-    "rollaxis",
-    "rot90",
-    "round",
-    "searchsorted",
-    "setdiff1d",
-    "sort",
-    "split",
-    "squeeze",
-    "stack",
-    "std",
-    "sum",
-    "swapaxes",
-    "take",
-    "take_along_axis",
-    "tensordot",
-    "tile",
-    "trace",
-    "transpose",
-    "trapezoid",
-    "tril",
-    "triu",
-    "union1d",
-    "unique",
-    "unwrap",
-    "vdot",
-    "vsplit",
-    "vstack",
-    "where",
-]
-_OF_SHAPES = ["arange", "empty", "eye", "identity", "indices", "linspace", "logspace", "ones", "tri", "zeros"]
-_LIKE = ["empty_like", "ones_like", "zeros_like"]
-_OF_TYPES = ["can_cast", "finfo", "iinfo", "isdtype", "isscalar", "issubdtype", "promote_types", "dtype"]
+_OF_ARRAYS = _names("""
+    all allclose amax amin any append argmax argmin argpartition argsort argwhere around array_equal
+    array_split atleast_1d atleast_2d average bincount broadcast_to choose clip column_stack compress
+    concatenate copyto corrcoef count_nonzero cov cross cumprod cumsum delete diag diagonal diff
+    digitize dot dsplit dstack ediff1d einsum expand_dims extract fill_diagonal flatnonzero flip fliplr
+    flipud gradient histogram hsplit hstack inner interp intersect1d isclose isin isneginf isposinf kron
+    lexsort matmul max mean median min moveaxis nan_to_num nanargmax nanargmin nancumprod nancumsum
+    nanmax nanmean nanmedian nanmin nanprod nanstd nansum nanvar nonzero outer pad partition percentile
+    prod ptp put_along_axis quantile ravel repeat reshape resize roll rollaxis rot90 round searchsorted
+    setdiff1d sort split squeeze stack std sum swapaxes take take_along_axis tensordot tile trace
+    transpose trapezoid tril triu union1d unique unwrap vdot vsplit vstack where
+""")
+_OF_SHAPES = _names("arange empty eye identity indices linspace logspace ones tri zeros")
+_LIKE = _names("empty_like ones_like zeros_like")
+_OF_TYPES = _names("can_cast finfo iinfo isdtype isscalar issubdtype promote_types dtype")
 
 _PLAIN = {
     "shape",
@@ -838,6 +709,13 @@ def is_available() -> bool:
     return True
 
 
+def register_with_dask() -> None:
+    """Dask joins blocks with what dask/array/backends.py registers for CuPy."""
+    from dask.array.dispatch import concatenate_lookup
+
+    concatenate_lookup.register(ndarray, functions["concatenate"])
+
+
 # ---- Memory, streams and devices ----------------------------------------------------------------------
 
 
@@ -993,10 +871,6 @@ def getDeviceProperties(device: int) -> dict[str, Any]:
     }
 
 
-def _constant(value: Any) -> Callable[..., Any]:
-    return lambda *_: value
-
-
 # ---- Modules ------------------------------------------------------------------------------------------
 
 
@@ -1038,7 +912,7 @@ def _ufuncs() -> dict[str, ufunc]:
 
 def _types() -> dict[str, Any]:
     """Scalar types, constants and functions of types are NumPy's own."""
-    names = [*_OF_TYPES, *["e", "euler_gamma", "inf", "nan", "newaxis", "pi", "s_", "index_exp", "bool"]]
+    names = [*_OF_TYPES, *_names("e euler_gamma inf nan newaxis pi s_ index_exp bool")]
     return {name: getattr(np, name) for name in names} | {
         name: value
         for name in API["cupy"]

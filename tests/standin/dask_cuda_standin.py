@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from distributed import LocalCluster
 
-from standin.device import current
 from standin.manifest import Room, Surface, guarded
 
 _SURFACE = Surface("dask_cuda.LocalCUDACluster")
@@ -30,7 +29,7 @@ class LocalCUDACluster(LocalCluster):
         # A worker has a GPU to itself, hence one worker and one thread unless told otherwise.
         passed = {"n_workers": 1, "threads_per_worker": 1, **passed, "processes": self.processes}
         if self.processes:
-            passed["preload"] = "standin.site.sitecustomize"
+            passed["preload"] = "standin.worker"
         super().__init__(**passed)
 
 
@@ -38,16 +37,10 @@ LocalCUDACluster.__init__ = guarded(  # type: ignore[method-assign]
     _SURFACE.label, LocalCUDACluster.__init__, _SURFACE.signature("__init__")
 )
 
-_PASSED = [
-    "n_workers",
-    "threads_per_worker",
-    "memory_limit",
-    "local_directory",
-    "host",
-    "dashboard_address",
-    "silence_logs",
-    "name",
-]
+_PASSED = (
+    "n_workers", "threads_per_worker", "memory_limit", "local_directory", "host", "dashboard_address",
+    "silence_logs", "name",
+)  # fmt: skip
 _KNOWN_KWARGS = {
     *_PASSED,
     "worker_class",
@@ -78,7 +71,6 @@ def _check(options: dict[str, Any]) -> None:
     fast = options.get("enable_infiniband") or options.get("enable_nvlink")
     if fast and "ucx" not in (options.get("protocol") or ""):
         raise TypeError("Enabling InfiniBand or NVLink requires protocol='ucx'")
-    current().calls["dask_cuda.LocalCUDACluster"] += 0
 
 
 rooms = {

@@ -15,6 +15,7 @@ import functools
 import gzip
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -25,7 +26,7 @@ from standin.device import current
 
 _STORED = json.loads(gzip.decompress((Path(__file__).parent / "api_manifest.json.gz").read_bytes()))
 API: dict[str, dict[str, dict[str, Any]]] = _STORED["api"]
-VERSIONS = {name.split("-cu")[0]: version for name, version in _STORED["versions"].items()}
+VERSIONS = {re.sub(r"-cu(da)?\d+x?$", "", name): version for name, version in _STORED["versions"].items()}
 """Version by library: cudf, cuml, cupy, dask-cuda, rmm, ..."""
 
 _KINDS = {
@@ -52,23 +53,29 @@ RAISING: dict[str, str] = {
 ADDITIONS: dict[str, str] = {
     # CuPy reference, "Low-level CUDA support" and "Custom allocators": cupy.cuda is not in the manifest.
     "cupy.cuda": (
-        "Device Event ExternalStream Graph ManagedMemory Memory MemoryAsyncPool MemoryHook MemoryPointer MemoryPool "
-        "PinnedMemoryPool PythonFunctionAllocator Stream UnownedMemory alloc alloc_pinned_memory get_allocator "
-        "get_current_stream get_device_id get_elapsed_time get_local_runtime_version is_available malloc_async "
-        "malloc_managed set_allocator set_pinned_memory_allocator using_allocator memory runtime stream device"
+        "Device Event ExternalStream Graph ManagedMemory Memory MemoryAsyncPool MemoryHook "
+        "MemoryPointer MemoryPool PinnedMemoryPool PythonFunctionAllocator Stream UnownedMemory alloc "
+        "alloc_pinned_memory get_allocator get_current_stream get_device_id get_elapsed_time "
+        "get_local_runtime_version is_available malloc_async malloc_managed set_allocator "
+        "set_pinned_memory_allocator using_allocator memory runtime stream device"
     ),
-    "cupy.cuda.memory": "Memory MemoryPointer MemoryPool OutOfMemoryError UnownedMemory alloc set_allocator",
+    "cupy.cuda.memory": (
+        "Memory MemoryPointer MemoryPool OutOfMemoryError UnownedMemory alloc set_allocator"
+    ),
     "cupy.cuda.runtime": (
-        "CUDARuntimeError deviceGetAttribute deviceSynchronize driverGetVersion getDevice getDeviceCount "
-        "getDeviceProperties memGetInfo runtimeGetVersion setDevice streamSynchronize"
+        "CUDARuntimeError deviceGetAttribute deviceSynchronize driverGetVersion getDevice "
+        "getDeviceCount getDeviceProperties memGetInfo runtimeGetVersion setDevice streamSynchronize"
     ),
     "cupy.cuda.Device": (
         "attributes compute_capability id mem_info pci_bus_id synchronize use from_pci_bus_id"
     ),
-    "cupy.cuda.Stream": "null ptds ptr device_id done record synchronize use wait_event add_callback launch_host_func",
+    "cupy.cuda.Stream": (
+        "null ptds ptr device_id done record synchronize use wait_event add_callback launch_host_func"
+    ),
     "cupy.cuda.Event": "done ptr record synchronize",
     "cupy.cuda.MemoryPool": (
-        "free_all_blocks free_all_free free_bytes get_limit malloc n_free_blocks set_limit total_bytes used_bytes"
+        "free_all_blocks free_all_free free_bytes get_limit malloc n_free_blocks set_limit total_bytes "
+        "used_bytes"
     ),
     "cupy.cuda.PinnedMemoryPool": "free_all_blocks malloc n_free_blocks",
     # CuPy reference, "cupy.ufunc"; its methods are Cython.
@@ -78,18 +85,19 @@ ADDITIONS: dict[str, str] = {
     "rmm.allocators": "cupy numba torch",
     "rmm.allocators.cupy": "rmm_cupy_allocator",
     "rmm.statistics": (
-        "Statistics ProfilerRecords enable_statistics get_statistics pop_statistics profiler push_statistics "
-        "statistics default_profiler_records"
+        "Statistics ProfilerRecords enable_statistics get_statistics pop_statistics profiler "
+        "push_statistics statistics default_profiler_records"
     ),
     "rmm.DeviceBuffer": (
-        "capacity copy copy_from_device copy_from_host copy_to_host mr nbytes prefetch ptr reserve resize size "
-        "stream to_device tobytes"
+        "capacity copy copy_from_device copy_from_host copy_to_host mr nbytes prefetch ptr reserve "
+        "resize size stream to_device tobytes"
     ),
     # cuML API reference.
     "cuml": "cluster dask set_global_output_type using_output_type global_settings KMeans",
     "cuml.cluster": "KMeans DBSCAN HDBSCAN AgglomerativeClustering SpectralClustering",
     "cuml.dask": "cluster",
     "cuml.dask.cluster": "KMeans DBSCAN",
+    # Dask-CUDA API reference.
     "dask_cuda": "CUDAWorker LocalCUDACluster",
 }
 
@@ -151,6 +159,8 @@ class Surface:
 
 def guarded(what: str, function: Callable[..., Any], real: inspect.Signature | None) -> Callable[..., Any]:
     own = inspect.signature(function)
+    takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in own.parameters.values())
+    named = None if takes_all or real is None else {*real.parameters, *own.parameters}
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -160,6 +170,9 @@ def guarded(what: str, function: Callable[..., Any], real: inspect.Signature | N
                 real.bind(*args, **kwargs)
             except TypeError as error:
                 raise TypeError(f"{what}(): {error}") from None
+        # What only a **kwargs takes is passed on in reality, to fail elsewhere or to be ignored.
+        if named is not None and (extra := set(kwargs) - named):
+            raise TypeError(f"{what}() has no keyword {', '.join(sorted(extra))}")
         try:
             own.bind(*args, **kwargs)
         except TypeError as error:
@@ -183,7 +196,7 @@ def mirror(path: str, label: str | None = None) -> Callable[[type], type]:
                 setattr(cls, name, surface.guard(name, member))
         if "__init__" in vars(cls) and path in API:
             cls.__init__ = guarded(surface.label, cls.__init__, surface.signature("__init__"))  # type: ignore[misc]
-        cls.__getattr__ = lambda self, name: surface.absent(name)  # type: ignore[attr-defined]
+        cls.__getattr__ = lambda _, name: surface.absent(name)  # type: ignore[attr-defined]
         return cls
 
     return decorate

@@ -25,11 +25,11 @@ def install() -> None:
     global _original
     os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
     try:
-        from numba import cuda
+        from numba.cuda.core import config
         from numba.cuda.simulator.kernel import FakeCUDAKernel
     except ImportError:
         return  # without numba-cuda there are no kernels to launch
-    if not hasattr(cuda, "FakeCUDAKernel") and cuda.jit.__module__.rpartition(".")[0].find("simulator") < 0:
+    if not config.ENABLE_CUDASIM:
         raise RuntimeError("numba.cuda was imported before NUMBA_ENABLE_CUDASIM=1 was set")
     if _original is None:
         _original = FakeCUDAKernel.__call__
