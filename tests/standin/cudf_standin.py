@@ -1,10 +1,7 @@
 # ruff: noqa: ARG002, ARG005 - parameters are those of the real library
-"""cudf, computed by pandas and Arrow.
+"""cudf, computed by pandas and Arrow; `cudf_columns` has the columns.
 
-A column is held in one of three forms (`normal`): a NumPy dtype where nothing is null, pandas' masked dtype
-of the same kind where something is, Arrow's for texts and lists.  So a null is told from a NaN, as in cuDF,
-and an integer column with nulls stays one.  What cuDF leaves open comes out in an awkward order: groups that
-are not sorted, and the rows of a join.
+What cuDF leaves open comes out in an awkward order: groups that are not sorted, and the rows of a join.
 """
 
 from __future__ import annotations
@@ -21,161 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from standin import cudf_columns as col
 from standin import cupy_standin as cupy
-from standin.device import current
 from standin.manifest import Room, lacks, mirror
-
-# ---- Columns ------------------------------------------------------------------------------------------
-
-_MASKED: dict[str, Any] = {
-    "b": pd.arrays.BooleanArray,
-    "i": pd.arrays.IntegerArray,
-    "u": pd.arrays.IntegerArray,
-    "f": pd.arrays.FloatingArray,
-}
-
-
-def _parts(array: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """Values and mask of a masked array; None of any other."""
-    return (array._data, array._mask) if isinstance(array, tuple(set(_MASKED.values()))) else None
-
-
-def _values(data: pd.Series) -> np.ndarray:
-    """The values themselves, under the mask too: what is written to them is in the column, as on a device."""
-    parts = _parts(data.array)
-    return data.array._ndarray if parts is None else parts[0]  # type: ignore[attr-defined]
-
-
-def _masked(values: np.ndarray, mask: np.ndarray) -> Any:
-    return _MASKED[values.dtype.kind](values, mask)
-
-
-def _of_arrow(array: Any) -> Any:
-    """A column of an Arrow array: NaN and null stay apart."""
-    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    kind = array.type
-    if pa.types.is_timestamp(kind) or pa.types.is_duration(kind):
-        return array.to_pandas().array
-    if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        mask = np.array(array.is_null().to_numpy(zero_copy_only=False))
-        filled = array.fill_null(False if pa.types.is_boolean(kind) else 0)
-        return _masked(np.array(filled.to_numpy(zero_copy_only=False)), mask)
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_list(kind):
-        return pd.arrays.ArrowExtensionArray(pa.chunked_array([array]))
-    if pa.types.is_large_list(kind):
-        return _of_arrow(array.cast(pa.list_(kind.value_type)))
-    if pa.types.is_null(kind):
-        return _of_arrow(array.cast(pa.string()))
-    raise lacks(f"columns of Arrow's {kind}")
-
-
-def normal(data: pd.Series) -> pd.Series:
-    """The same values in one of the three forms."""
-    array = data.array
-    if (parts := _parts(array)) is not None:
-        values, mask = parts
-        return data if mask.any() else pd.Series(values, data.index, name=data.name, copy=False)
-    if isinstance(array, pd.arrays.ArrowExtensionArray):
-        made = _of_arrow(array._pa_array)
-        if not isinstance(made, pd.arrays.ArrowExtensionArray):
-            return normal(pd.Series(made, data.index, name=data.name))
-        return data
-    if isinstance(data.dtype, np.dtype) and data.dtype.kind in "biufmM":
-        return data
-    if data.dtype == object or isinstance(data.dtype, pd.StringDtype):
-        made = pa.array(data.to_numpy(object), from_pandas=True)
-        return normal(pd.Series(_of_arrow(made), data.index, name=data.name))
-    raise lacks(f"columns of dtype {data.dtype}")
-
-
-def _nullable(data: pd.Series) -> pd.Series:
-    """The masked form even without nulls, for what may bring some."""
-    if isinstance(data.dtype, np.dtype) and data.dtype.kind in "biuf":
-        values = _values(data)
-        array = _masked(values, np.zeros(len(values), bool))
-        return pd.Series(array, data.index, name=data.name, copy=False)
-    return data
-
-
-def _arrow(data: pd.Series) -> pa.Array:
-    if (parts := _parts(data.array)) is not None:
-        return pa.array(parts[0], mask=parts[1], from_pandas=False)
-    if isinstance(data.array, pd.arrays.ArrowExtensionArray):
-        return data.array._pa_array.combine_chunks()
-    return pa.array(data.to_numpy(), from_pandas=data.dtype.kind in "mM")
-
-
-def _nans(data: pd.Series) -> np.ndarray:
-    values = np.empty(0) if isinstance(data.array, pd.arrays.ArrowExtensionArray) else _values(data)
-    return np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(data), bool)
-
-
-def _nulls(data: pd.Series) -> np.ndarray:
-    """Which rows are null; a NaN is not."""
-    if (parts := _parts(data.array)) is not None:
-        return parts[1]
-    if isinstance(data.dtype, np.dtype) and data.dtype.kind == "f":
-        return np.zeros(len(data), bool)
-    return np.asarray(data.isna())
-
-
-def _as_null(data: pd.Series) -> pd.Series:
-    """NaN turned into null."""
-    if not (nans := _nans(data)).any():
-        return data
-    values, mask = _parts(_nullable(data).array)  # type: ignore[misc]
-    return pd.Series(_masked(values, mask | nans), data.index, name=data.name)
-
-
-def _column(data: Any, dtype: Any = None, nan_as_null: bool | None = None) -> pd.Series:
-    """A column of anything a constructor takes.  As in cuDF a NaN from the host is null unless
-    `nan_as_null` is False, one from the device is not unless it is True."""
-    if isinstance(data, _Single):
-        made = data._data
-    elif isinstance(data, cupy.ndarray):
-        if data.ndim != 1:
-            raise ValueError("Data must be 1-dimensional")
-        made = pd.Series(data._host, copy=False)
-        made = _as_null(made) if nan_as_null else made
-    elif isinstance(data, pa.Array | pa.ChunkedArray):
-        made = normal(pd.Series(_of_arrow(data)))
-    elif isinstance(data, DataFrame | pd.DataFrame):
-        raise TypeError(f"a column of {type(data)}")
-    else:
-        made = normal(data if isinstance(data, pd.Series) else pd.Series(data)).copy()
-        made = made if nan_as_null is False else _as_null(made)
-    return _cast(made, dtype) if dtype is not None else made
-
-
-def _cast(data: pd.Series, dtype: Any) -> pd.Series:
-    if isinstance(dtype, pd.api.extensions.ExtensionDtype) or dtype in (object, "category"):
-        raise lacks(f"casts to {dtype}")
-    if dtype in (str, "str", "string"):
-        return normal(pd.Series(_of_arrow(pc.cast(_arrow(data), pa.string())), data.index, name=data.name))
-    if isinstance(data.array, pd.arrays.ArrowExtensionArray):
-        cast = pc.cast(_arrow(data), pa.from_numpy_dtype(np.dtype(dtype)))
-        return normal(pd.Series(_of_arrow(cast), data.index, name=data.name))
-    wanted = np.dtype(dtype)
-    parts = _parts(data.array)
-    values = _values(data)
-    with np.errstate(all="ignore"):
-        cast_values = values.astype(wanted)
-    array = cast_values if parts is None else _masked(cast_values, parts[1])
-    return pd.Series(array, data.index, name=data.name)
-
-
-def _adopt(holder: Any, data: pd.Series) -> None:
-    """Count the memory of a column that `holder` shows."""
-    device = current()
-    if isinstance(data.array, pd.arrays.ArrowExtensionArray):
-        for chunk in data.array._pa_array.chunks:
-            for buffer in filter(None, chunk.buffers()):
-                device.hold(holder, buffer.address, buffer.size, "rmm")
-        return
-    for part in _parts(data.array) or (_values(data),):
-        device.adopt(part, "rmm")
 
 
 def _host(value: Any) -> Any:
@@ -189,6 +34,26 @@ def _host(value: Any) -> Any:
     return value
 
 
+def _column(data: Any, dtype: Any = None, nan_as_null: bool | None = None) -> pd.Series:
+    """A column of anything a constructor takes.  As in cuDF a NaN from the host is null unless
+    `nan_as_null` is False, one from the device is not unless it is True."""
+    if isinstance(data, _Single):
+        made = data._data
+    elif isinstance(data, cupy.ndarray):
+        if data.ndim != 1:
+            raise ValueError("Data must be 1-dimensional")
+        made = pd.Series(data._host, copy=False)
+        made = col.nans_to_nulls(made) if nan_as_null else made
+    elif isinstance(data, pa.Array | pa.ChunkedArray):
+        made = col.normal(pd.Series(col.from_arrow(data)))
+    elif isinstance(data, DataFrame | pd.DataFrame):
+        raise TypeError(f"a column of {type(data)}")
+    else:
+        made = col.normal(data if isinstance(data, pd.Series) else pd.Series(data)).copy()
+        made = made if nan_as_null is False else col.nans_to_nulls(made)
+    return col.cast(made, dtype) if dtype is not None else made
+
+
 # ---- What all frames have -----------------------------------------------------------------------------
 
 
@@ -196,15 +61,15 @@ class _Frame:
     """A pandas object that nobody gets at without asking."""
 
     __slots__ = ("__weakref__", "_data")
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
     __array_ufunc__ = None
     _is_frame = True
     _data: Any
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         raise TypeError(
-            "Implicit conversion to a host NumPy array via __array__ is not allowed, To explicitly construct a "
-            "GPU matrix, consider using .to_cupy()\nTo explicitly construct a host matrix, consider using "
+            "Implicit conversion to a host NumPy array via __array__ is not allowed, To explicitly construct "
+            "a GPU matrix, consider using .to_cupy()\nTo explicitly construct a host matrix, consider using "
             ".to_numpy()."
         )
 
@@ -233,13 +98,15 @@ class _Frame:
 def wrap(data: Any, renumber: bool = False) -> Any:
     """What pandas gave, on the device; scalars as they are."""
     if isinstance(data, pd.Series):
-        return _made(Series, normal(data.reset_index(drop=True) if renumber else data))
+        return _made(Series, col.normal(data.reset_index(drop=True) if renumber else data))
     if isinstance(data, pd.DataFrame):
-        return _made(DataFrame, _frame_of({name: normal(data[name]) for name in data.columns}, data.index))
+        return _made(
+            DataFrame, col.table_of({name: col.normal(data[name]) for name in data.columns}, data.index)
+        )
     if isinstance(data, pd.MultiIndex):
         raise lacks("MultiIndex")
     if isinstance(data, pd.Index):
-        return _made(Index, normal(data.to_series(index=pd.RangeIndex(len(data)))))
+        return _made(Index, col.normal(data.to_series(index=pd.RangeIndex(len(data)))))
     return data
 
 
@@ -253,64 +120,13 @@ def _made(cls: type, data: Any) -> Any:
 def _adopt_all(frame: _Frame) -> None:
     data = frame._data
     for column in [data] if isinstance(data, pd.Series) else [data[name] for name in data.columns]:
-        _adopt(frame, column)
-
-
-def _frame_of(columns: Mapping[Any, pd.Series], index: pd.Index | None = None) -> pd.DataFrame:
-    if not columns:
-        return pd.DataFrame(index=index)
-    return pd.DataFrame({name: column.array for name, column in columns.items()}, index=index, copy=False)
+        col.adopt(frame, column)
 
 
 def _index_of(index: Any) -> pd.Index | None:
     if index is None:
         return None
     return index._pandas() if isinstance(index, Index) else pd.Index(_column(index).array)
-
-
-def _to_cupy(data: pd.Series, dtype: Any, na_value: Any) -> cupy.ndarray:
-    """The values; nulls become NaN, of integers too."""
-    kind = _dtype(data).kind
-    if kind not in "biuf":
-        raise NotImplementedError(f"CuPy does not support {_dtype(data)}")
-    parts = _parts(data.array)
-    values = _values(data)
-    if parts is not None:
-        if na_value is not None:
-            values = np.where(parts[1], np.array(na_value, values.dtype), values)
-        elif kind == "b":
-            raise ValueError("Cannot convert to cupy bool array with nulls.")
-        elif dtype is not None:
-            raise ValueError(f"cannot convert to '{dtype}'-dtype NumPy array with missing values.")
-        else:
-            values = values.astype(values.dtype if kind == "f" else np.float64)
-            values[parts[1]] = np.nan
-    return cupy.wrap(values if dtype is None else values.astype(dtype, copy=False))
-
-
-def _dtype(data: pd.Series) -> Any:
-    if isinstance(data.array, pd.arrays.ArrowExtensionArray):
-        kind = data.array._pa_array.type
-        return ListDtype(kind.value_type) if pa.types.is_list(kind) else np.dtype(object)
-    return data.dtype if isinstance(data.dtype, np.dtype) else data.dtype.numpy_dtype
-
-
-class ListDtype:
-    """The dtype of a column of lists."""
-
-    kind = "O"
-
-    def __init__(self, element_type: Any) -> None:
-        self.element_type = element_type
-
-    def __eq__(self, other: object) -> bool:
-        return other == "list" or (isinstance(other, ListDtype) and other.element_type == self.element_type)
-
-    def __hash__(self) -> int:
-        return hash("list")
-
-    def __repr__(self) -> str:
-        return f"ListDtype({self.element_type})"
 
 
 # ---- One column ---------------------------------------------------------------------------------------
@@ -332,19 +148,19 @@ class _Single(_Frame):
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        if _nulls(self._data).any():
+        if col.nulls(self._data).any():
             raise NotImplementedError("a column with nulls has a mask, which CuPy does not support")
-        return _to_cupy(self._data, None, None).__cuda_array_interface__
+        return col.to_device(self._data, None, None).__cuda_array_interface__
 
 
 _SINGLE: dict[str, Any] = {
-    "dtype": property(lambda self: _dtype(self._data)),
+    "dtype": property(lambda self: col.dtype_of(self._data)),
     "shape": property(lambda self: (len(self._data),)),
     "size": property(lambda self: len(self._data)),
     "ndim": property(lambda self: 1),
     "empty": property(lambda self: not len(self._data)),
-    "values": property(lambda self: _to_cupy(self._data, None, None)),
-    "hasnans": property(lambda self: bool((_nulls(self._data) | _nans(self._data)).any())),
+    "values": property(lambda self: col.to_device(self._data, None, None)),
+    "hasnans": property(lambda self: bool((col.nulls(self._data) | col.nans(self._data)).any())),
     "is_unique": property(lambda self: bool(self._data.is_unique)),
     "is_monotonic_increasing": property(lambda self: bool(self._data.is_monotonic_increasing)),
     "is_monotonic_decreasing": property(lambda self: bool(self._data.is_monotonic_decreasing)),
@@ -353,7 +169,7 @@ _SINGLE: dict[str, Any] = {
 
 
 def to_cupy(self: Any, dtype: Any = None, copy: bool = False, na_value: Any = None) -> cupy.ndarray:
-    made = _to_cupy(self._data, dtype, na_value)
+    made = col.to_device(self._data, dtype, na_value)
     return made.copy() if copy else made
 
 
@@ -362,14 +178,14 @@ def to_numpy(self: Any, dtype: Any = None, copy: bool = True, na_value: Any = No
         raise ValueError(
             "copy=False is not supported because conversion to a numpy array always copies the data."
         )
-    if _dtype(self._data).kind in "biuf":
-        return _to_cupy(self._data, dtype, na_value).get()
+    if col.dtype_of(self._data).kind in "biuf":
+        return col.to_device(self._data, dtype, na_value).get()
     host = self._data.to_numpy(copy=True)
     return host if dtype is None else host.astype(dtype)
 
 
 def to_arrow(self: Any) -> pa.Array:
-    return _arrow(self._data)
+    return col.arrow_of(self._data)
 
 
 def tolist(self: Any) -> None:
@@ -380,7 +196,7 @@ def tolist(self: Any) -> None:
 
 
 def _missing(self: Any) -> np.ndarray:
-    return _nulls(self._data) | _nans(self._data)
+    return col.nulls(self._data) | col.nans(self._data)
 
 
 def isna(self: Any) -> Any:
@@ -403,7 +219,7 @@ def searchsorted(
         raise NotImplementedError("sorter is currently not supported.")
     if not ascending or _missing(self).any():
         raise lacks("searchsorted of a descending column or of one with nulls")
-    found = np.searchsorted(self._data.to_numpy(), _host(values), side=side)  # type: ignore[call-overload]
+    found = np.searchsorted(self._data.to_numpy(), _host(values), side=side)
     return int(found) if np.isscalar(values) else cupy.wrap(found.astype(np.int32))
 
 
@@ -462,11 +278,11 @@ def _reduction(name: str) -> Callable[..., Any]:
 
 
 def _reduced(data: pd.Series, name: str, skipna: bool, options: Mapping[str, Any]) -> Any:
-    missing = _nulls(data) | _nans(data)
+    missing = col.nulls(data) | col.nans(data)
     if missing.any() and not skipna:
-        return pd.NA if _nulls(data).any() else np.nan
+        return pd.NA if col.nulls(data).any() else np.nan
     kept = data[~missing]
-    if (parts := _parts(kept.array)) is not None:
+    if (parts := col.parts_of(kept.array)) is not None:
         kept = pd.Series(parts[0])
     with np.errstate(all="ignore"):
         result = getattr(kept, name)(**options)
@@ -499,8 +315,8 @@ def _key(key: Any) -> Any:
     """An indexer as pandas takes it; a null in a mask is False."""
     if isinstance(key, Series | cupy.ndarray | Index):
         data = key._data if isinstance(key, _Frame) else pd.Series(key._host)
-        if _dtype(data).kind == "b":
-            return np.where(_nulls(data), False, _parts(_nullable(data).array)[0])  # type: ignore[index]
+        if col.dtype_of(data).kind == "b":
+            return np.where(col.nulls(data), False, col.parts_of(col.nullable(data).array)[0])
         return data.to_numpy()
     return _host(key) if not isinstance(key, slice | list | np.ndarray) else key
 
@@ -509,19 +325,19 @@ def _key(key: Any) -> Any:
 class ListMethods:
     def __init__(self, parent: Series) -> None:
         self._parent = parent
-        if not isinstance(parent.dtype, ListDtype):
+        if not isinstance(parent.dtype, col.ListDtype):
             raise AttributeError("Can only use .list accessor with a 'list' dtype")
 
     @property
     def _lists(self) -> pa.Array:
-        return _arrow(self._parent._data)
+        return col.arrow_of(self._parent._data)
 
     @property
     def leaves(self) -> Series:
         flat = self._lists.flatten()
         while pa.types.is_list(flat.type):
             flat = flat.flatten()
-        return wrap(pd.Series(_of_arrow(flat)))
+        return wrap(pd.Series(col.from_arrow(flat)))
 
     def len(self) -> Series:
         return self._result(pc.list_value_length(self._lists).cast(pa.int32()))
@@ -536,7 +352,7 @@ class ListMethods:
         return self._result(pa.array(items, self._lists.type.value_type))
 
     def _result(self, array: pa.Array) -> Series:
-        return wrap(pd.Series(_of_arrow(array), self._parent._data.index, name=self._parent._data.name))
+        return wrap(pd.Series(col.from_arrow(array), self._parent._data.index, name=self._parent._data.name))
 
 
 @mirror("cudf.Series")
@@ -558,15 +374,15 @@ class Series(_Single):
 
     @classmethod
     def from_arrow(cls, array: Any) -> Series:
-        return wrap(pd.Series(_of_arrow(array)))
+        return wrap(pd.Series(col.from_arrow(array)))
 
     name = property(lambda self: self._data.name, lambda self, name: setattr(self._data, "name", name))
     index = property(lambda self: wrap(self._data.index), lambda self, index: _set_index(self, index))
     list = property(lambda self: ListMethods(self))
     loc = property(lambda self: _Located(self._data, "loc"))
     iloc = property(lambda self: _Located(self._data, "iloc"))
-    has_nulls = property(lambda self: bool(_nulls(self._data).any()))
-    null_count = property(lambda self: int(_nulls(self._data).sum()))
+    has_nulls = property(lambda self: bool(col.nulls(self._data).any()))
+    null_count = property(lambda self: int(col.nulls(self._data).sum()))
     valid_count = property(lambda self: len(self._data) - self.null_count)
 
     def __getitem__(self, key: Any) -> Any:
@@ -575,28 +391,28 @@ class Series(_Single):
     def __setitem__(self, key: Any, value: Any) -> None:
         self._data = self._data.copy()
         self._data[_key(key)] = _host(value)
-        self._data = normal(self._data)
+        self._data = col.normal(self._data)
         _adopt_all(self)
 
     def to_pandas(self, *, index: bool = True, nullable: bool = False, arrow_type: bool = False) -> pd.Series:
         if nullable or arrow_type:
             raise lacks("cudf.Series.to_pandas with nullable or Arrow's types")
-        return _pandas(self._data)
+        return col.to_host(self._data)
 
     def to_frame(self, name: Any = None) -> DataFrame:
         return wrap(self._data.to_frame(*([] if name is None else [name])))
 
     def astype(self, dtype: Any, copy: bool | None = None, errors: str = "raise") -> Series:
-        return wrap(_cast(self._data, dtype))
+        return wrap(col.cast(self._data, dtype))
 
     def copy(self, deep: bool = True) -> Series:
         return wrap(self._data.copy(deep=deep))
 
     def fillna(self, value: Any) -> Series:
-        return wrap(_filled(self._data, _host(value)))
+        return wrap(col.filled(self._data, _host(value)))
 
     def nans_to_nulls(self) -> Series:
-        return wrap(_as_null(self._data))
+        return wrap(col.nans_to_nulls(self._data))
 
     def dropna(
         self, axis: Any = 0, inplace: bool = False, how: Any = None, ignore_index: bool = False
@@ -647,7 +463,7 @@ class Series(_Single):
         return wrap(self._data.drop_duplicates(), renumber=True)
 
     def nunique(self, dropna: bool = True) -> int:
-        return int(_as_null(self._data).nunique(dropna))
+        return int(col.nans_to_nulls(self._data).nunique(dropna))
 
     def count(self) -> int:
         return int((~_missing(self)).sum())
@@ -667,13 +483,13 @@ class Series(_Single):
         return wrap(self._data.isin(values).astype(bool))
 
     def between(self, left: Any, right: Any, inclusive: str = "both") -> Series:
-        return wrap(self._data.between(_host(left), _host(right), inclusive))  # type: ignore[arg-type]
+        return wrap(self._data.between(_host(left), _host(right), inclusive))
 
     def where(self, cond: Any, other: Any = None, inplace: bool = False) -> Series:
-        return wrap(_nullable(self._data).where(pd.Series(_key(cond), self._data.index), _other(other)))
+        return wrap(col.nullable(self._data).where(pd.Series(_key(cond), self._data.index), _other(other)))
 
     def mask(self, cond: Any, other: Any = None, inplace: bool = False) -> Series:
-        return wrap(_nullable(self._data).mask(pd.Series(_key(cond), self._data.index), _other(other)))
+        return wrap(col.nullable(self._data).mask(pd.Series(_key(cond), self._data.index), _other(other)))
 
     def clip(self, lower: Any = None, upper: Any = None, axis: Any = 1, inplace: bool = False) -> Series:
         return wrap(self._data.clip(_host(lower), _host(upper)))
@@ -695,8 +511,8 @@ class Series(_Single):
     def quantile(self, q: Any = 0.5, interpolation: str = "linear", exact: bool = True) -> Any:
         if not exact:
             raise lacks("cudf.Series.quantile(exact=False)")
-        kept = pd.Series(self._data[~_missing(self)].to_numpy(_dtype(self._data)))
-        return wrap(kept.quantile(q, interpolation))  # type: ignore[arg-type]
+        kept = pd.Series(self._data[~_missing(self)].to_numpy(col.dtype_of(self._data)))
+        return wrap(kept.quantile(q, interpolation))
 
     def cumsum(self, axis: Any = None, skipna: bool = True) -> Series:
         return wrap(self._data.cumsum())
@@ -709,11 +525,11 @@ class Series(_Single):
 
     def shift(self, periods: int = 1, freq: Any = None, axis: Any = 0, fill_value: Any = None) -> Series:
         return wrap(
-            _nullable(self._data).shift(periods, fill_value=pd.NA if fill_value is None else fill_value)
+            col.nullable(self._data).shift(periods, fill_value=pd.NA if fill_value is None else fill_value)
         )
 
     def diff(self, periods: int = 1) -> Series:
-        return wrap(_nullable(self._data).diff(periods))
+        return wrap(col.nullable(self._data).diff(periods))
 
     def value_counts(
         self, normalize: bool = False, sort: bool = True, ascending: bool = False, dropna: bool = True
@@ -753,32 +569,6 @@ def _no_kind(kind: str, inplace: bool) -> None:
         raise lacks("sorting in place")
 
 
-def _pandas(data: pd.Series) -> pd.Series:
-    """A host copy as cuDF makes it: nulls of numbers become NaN, lists and texts objects."""
-    if (parts := _parts(data.array)) is not None:
-        kind = parts[0].dtype.kind
-        values = parts[0].astype(object if kind == "b" else parts[0].dtype if kind == "f" else np.float64)
-        values[parts[1]] = None if kind == "b" else np.nan
-        return pd.Series(values, data.index, name=data.name)
-    if isinstance(data.array, pd.arrays.ArrowExtensionArray):
-        made = data.array._pa_array.to_pandas()
-        return pd.Series(made.array, data.index, name=data.name)
-    return data.copy()
-
-
-def _filled(data: pd.Series, value: Any) -> pd.Series:
-    """Nulls and NaN replaced, in the dtype of the column."""
-    if _dtype(data).kind not in "biuf":
-        return normal(data.fillna(value))
-    values, mask = _parts(_nullable(data).array)  # type: ignore[misc]
-    missing = mask | _nans(data)
-    if isinstance(value, pd.Series):
-        value = value.to_numpy()
-    elif not np.can_cast(np.min_scalar_type(value), values.dtype, "same_kind"):
-        raise TypeError(f"Cannot safely cast non-equivalent {type(value).__name__} to {values.dtype}")
-    return pd.Series(np.where(missing, value, values).astype(values.dtype), data.index, name=data.name)
-
-
 @mirror("cudf.Index")
 @_shared
 class Index(_Single):
@@ -796,11 +586,13 @@ class Index(_Single):
     name = property(lambda self: self._data.name, lambda self, name: setattr(self._data, "name", name))
 
     def _pandas(self) -> pd.Index:
-        return pd.Index(_pandas(self._data))
+        return pd.Index(col.to_host(self._data))
 
     def __getitem__(self, key: Any) -> Any:
         found = self._data.iloc[_key(key)]
-        return _made(Index, normal(found.reset_index(drop=True))) if isinstance(found, pd.Series) else found
+        return (
+            _made(Index, col.normal(found.reset_index(drop=True))) if isinstance(found, pd.Series) else found
+        )
 
     def to_pandas(self, *, nullable: bool = False, arrow_type: bool = False) -> pd.Index:
         return self._pandas()
@@ -843,7 +635,7 @@ class DataFrame(_Frame):
     )
     index = property(lambda self: wrap(self._data.index), lambda self, index: _set_index(self, index))
     dtypes = property(
-        lambda self: pd.Series({name: _dtype(self._data[name]) for name in self._data}, dtype=object)
+        lambda self: pd.Series({name: col.dtype_of(self._data[name]) for name in self._data}, dtype=object)
     )
     shape = property(lambda self: self._data.shape)
     size = property(lambda self: self._data.size)
@@ -877,7 +669,7 @@ class DataFrame(_Frame):
         else:
             column = _column(value)
             if isinstance(value, Series):
-                column = normal(_nullable(column).reindex(data.index)) if len(data.columns) else column
+                column = col.normal(col.nullable(column).reindex(data.index)) if len(data.columns) else column
             elif len(data.columns) and len(column) != len(data):
                 raise ValueError(
                     f"Length of values ({len(column)}) does not match length of index ({len(data)})"
@@ -917,13 +709,13 @@ class DataFrame(_Frame):
     def to_pandas(self, *, nullable: bool = False, arrow_type: bool = False) -> pd.DataFrame:
         if nullable or arrow_type:
             raise lacks("cudf.DataFrame.to_pandas with nullable or Arrow's types")
-        made = {name: _pandas(self._data[name]) for name in self._data.columns}
+        made = {name: col.to_host(self._data[name]) for name in self._data.columns}
         return pd.DataFrame(made, index=self._data.index)
 
     def to_arrow(self, preserve_index: bool | None = None) -> pa.Table:
         if preserve_index:
             raise lacks("cudf.DataFrame.to_arrow(preserve_index=True)")
-        return pa.table({name: _arrow(self._data[name]) for name in self._data.columns})
+        return pa.table({name: col.arrow_of(self._data[name]) for name in self._data.columns})
 
     def to_cupy(self, dtype: Any = None, copy: bool = False, na_value: Any = None) -> cupy.ndarray:
         return _matrix(self._data, dtype, na_value)
@@ -939,6 +731,8 @@ class DataFrame(_Frame):
     ) -> None:  # fmt: skip
         if engine != "cudf" or index:
             raise lacks(f"cudf.DataFrame.to_parquet(engine={engine!r}, index={index})")
+        if index is None and not isinstance(self._data.index, pd.RangeIndex):
+            raise lacks("cudf.DataFrame.to_parquet of an index (index=False leaves it out)")
         if (compression or "none").lower() not in ("none", "snappy", "zstd", "lz4", "gzip"):
             raise ValueError(f"Unsupported `compression` type {compression}")
         table = self.to_arrow()
@@ -955,20 +749,20 @@ class DataFrame(_Frame):
 
     def astype(self, dtype: Any, copy: bool | None = None, errors: str = "raise") -> DataFrame:
         wanted = dtype if isinstance(dtype, Mapping) else dict.fromkeys(self._data.columns, dtype)
-        return self._each(lambda name, data: _cast(data, wanted[name]) if name in wanted else data)
+        return self._each(lambda name, data: col.cast(data, wanted[name]) if name in wanted else data)
 
     def fillna(self, value: Any) -> DataFrame:
         fills = value if isinstance(value, Mapping) else dict.fromkeys(self._data.columns, value)
-        return self._each(lambda name, data: _filled(data, _host(fills[name])) if name in fills else data)
+        return self._each(lambda name, data: col.filled(data, _host(fills[name])) if name in fills else data)
 
     def isna(self) -> DataFrame:
-        return self._each(lambda name, data: pd.Series(_nulls(data) | _nans(data), data.index))
+        return self._each(lambda name, data: pd.Series(col.nulls(data) | col.nans(data), data.index))
 
     def notna(self) -> DataFrame:
-        return self._each(lambda name, data: pd.Series(~(_nulls(data) | _nans(data)), data.index))
+        return self._each(lambda name, data: pd.Series(~(col.nulls(data) | col.nans(data)), data.index))
 
     def nans_to_nulls(self) -> DataFrame:
-        return self._each(lambda name, data: _as_null(data))
+        return self._each(lambda name, data: col.nans_to_nulls(data))
 
     def dropna(
         self, axis: Any = 0, how: str = "any", thresh: Any = None, subset: Any = None, inplace: bool = False,
@@ -977,7 +771,7 @@ class DataFrame(_Frame):
         if axis not in (0, "index") or thresh is not None or inplace:
             raise lacks("cudf.DataFrame.dropna with axis, thresh or inplace")
         asked = self._data[list(self._data.columns if subset is None else np.atleast_1d(subset))]
-        missing = np.column_stack([_nulls(asked[name]) | _nans(asked[name]) for name in asked])
+        missing = np.column_stack([col.nulls(asked[name]) | col.nans(asked[name]) for name in asked])
         kept = self._data[~(missing.any(axis=1) if how == "any" else missing.all(axis=1))]
         return wrap(kept.reset_index(drop=True) if ignore_index else kept)
 
@@ -996,8 +790,8 @@ class DataFrame(_Frame):
         return wrap(self._data.sort_index(ascending=ascending, kind="stable"))
 
     def argsort(
-        self, by: Any = None, axis: Any = 0, kind: str = "quicksort", order: Any = None, ascending: Any = True,
-        na_position: str = "last",
+        self, by: Any = None, axis: Any = 0, kind: str = "quicksort", order: Any = None,
+        ascending: Any = True, na_position: str = "last",
     ) -> cupy.ndarray:  # fmt: skip
         _no_kind(kind, inplace=False)
         names = list(self._data.columns) if by is None else by
@@ -1018,10 +812,7 @@ class DataFrame(_Frame):
             raise lacks("cudf.DataFrame.merge with left_index, right_index or validate")
         if not isinstance(right, DataFrame):
             raise TypeError(f"right must be a cudf.DataFrame, not {type(right)}")
-        sides = [
-            _frame_of({name: _nullable(side._data[name]) for name in side._data}, side._data.index)
-            for side in (self, right)
-        ]
+        sides = [_nullable_table(side._data) for side in (self, right)]
         joined = sides[0].merge(
             sides[1],
             how=how,
@@ -1029,7 +820,7 @@ class DataFrame(_Frame):
             left_on=left_on,
             right_on=right_on,
             sort=sort,
-            suffixes=tuple(suffixes),  # type: ignore[arg-type]
+            suffixes=tuple(suffixes),
         )
         # A hash join keeps no order.
         return wrap(joined if sort else joined[::-1].reset_index(drop=True))
@@ -1048,7 +839,7 @@ class DataFrame(_Frame):
     ) -> DataFrame:  # fmt: skip
         if inplace or level is not None:
             raise lacks("cudf.DataFrame.drop(inplace=True)")
-        return wrap(self._data.drop(labels, axis=axis, index=index, columns=columns, errors=errors))  # type: ignore[call-overload]
+        return wrap(self._data.drop(labels, axis=axis, index=index, columns=columns, errors=errors))
 
     def rename(
         self, mapper: Any = None, index: Any = None, columns: Any = None, axis: Any = 0, copy: bool = True
@@ -1093,9 +884,13 @@ class DataFrame(_Frame):
 
     def _each(self, function: Callable[[Any, pd.Series], pd.Series]) -> DataFrame:
         made = {name: function(name, self._data[name]) for name in self._data.columns}
-        return wrap(_frame_of(made, self._data.index))
+        return wrap(col.table_of(made, self._data.index))
 
     isnull, notnull = isna, notna
+
+
+def _nullable_table(data: pd.DataFrame) -> pd.DataFrame:
+    return col.table_of({name: col.nullable(data[name]) for name in data.columns}, data.index)
 
 
 def _is_mask(key: Any) -> bool:
@@ -1105,7 +900,7 @@ def _is_mask(key: Any) -> bool:
 def _matrix(data: pd.DataFrame, dtype: Any, na_value: Any) -> cupy.ndarray:
     if data.columns.empty:
         return cupy.wrap(np.empty((len(data), 0)))
-    columns = [_to_cupy(data[name], dtype, na_value)._host for name in data.columns]
+    columns = [col.to_device(data[name], dtype, na_value)._host for name in data.columns]
     # Columns lie apart, as in cuDF.
     return cupy.wrap(np.asfortranarray(np.column_stack(columns)))
 
@@ -1130,12 +925,12 @@ def _table(data: Any, index: Any, columns: Any, dtype: Any, nan_as_null: bool | 
         raise ValueError(f"All columns must be of equal length, not {sorted(lengths)}")
     if index is None and made:
         index = next(iter(made.values())).index
-    return _frame_of(made, index)
+    return col.table_of(made, index)
 
 
 def _of_table(table: pa.Table) -> DataFrame:
-    made = {name: normal(pd.Series(_of_arrow(table[name]))) for name in table.column_names}
-    return wrap(_frame_of(made, pd.RangeIndex(table.num_rows)))
+    made = {name: col.normal(pd.Series(col.from_arrow(table[name]))) for name in table.column_names}
+    return wrap(col.table_of(made, pd.RangeIndex(table.num_rows)))
 
 
 # ---- Groups -------------------------------------------------------------------------------------------
@@ -1237,7 +1032,7 @@ class DataFrameGroupBy(_Groups):
         keys = by._data if isinstance(by, Series) else by
         if not isinstance(keys, pd.Series | str | list):
             raise lacks(f"groups by {type(by)}")
-        table = _frame_of({name: _nullable(obj._data[name]) for name in obj._data}, obj._data.index)
+        table = _nullable_table(obj._data)
         self._sort, self._as_index = sort, as_index
         self._grouped = table.groupby(keys, sort=sort, as_index=as_index, dropna=dropna)
 
@@ -1256,7 +1051,7 @@ class SeriesGroupBy(_Groups):
         dropna: bool = True, group_keys: bool = False,
     ) -> None:  # fmt: skip
         self._sort = sort
-        self._grouped = _nullable(obj._data).groupby(by._data, sort=sort, dropna=dropna)
+        self._grouped = col.nullable(obj._data).groupby(by._data, sort=sort, dropna=dropna)
 
 
 # ---- Windows ------------------------------------------------------------------------------------------
@@ -1289,14 +1084,14 @@ class Rolling:
                 raise NotImplementedError(f"{name} is currently not supported")
         if not isinstance(window, int):
             raise lacks("windows that are not a number of rows")
-        self._windows = _nullable(obj._data).rolling(window, min_periods, center)
+        self._windows = col.nullable(obj._data).rolling(window, min_periods, center)
 
 
 def rolling(self: Series, *args: Any, **kwargs: Any) -> Rolling:
     return Rolling(self, *args, **kwargs)
 
 
-Series.rolling = rolling  # type: ignore[attr-defined]
+Series.rolling = rolling
 
 
 # ---- The module ---------------------------------------------------------------------------------------
@@ -1354,12 +1149,10 @@ def concat(
     if axis in (1, "columns"):
         return wrap(pd.concat([part._data for part in parts], axis=1))
     held = [
-        _nullable(part._data)
-        if isinstance(part, Series)
-        else _frame_of({name: _nullable(part._data[name]) for name in part._data}, part._data.index)
+        col.nullable(part._data) if isinstance(part, Series) else _nullable_table(part._data)
         for part in parts
     ]
-    return wrap(pd.concat(held, join=join, ignore_index=ignore_index))  # type: ignore[call-overload]
+    return wrap(pd.concat(held, join=join, ignore_index=ignore_index))
 
 
 def merge(left: DataFrame, right: DataFrame, *args: Any, **kwargs: Any) -> DataFrame:
@@ -1402,7 +1195,7 @@ rooms: dict[str, Room] = {
         {
             "DataFrame": DataFrame,
             "Index": Index,
-            "ListDtype": ListDtype,
+            "ListDtype": col.ListDtype,
             "NA": pd.NA,
             "NaT": pd.NaT,
             "Series": Series,

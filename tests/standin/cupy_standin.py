@@ -160,7 +160,7 @@ class MemoryPointer:
 @mirror("cupy.ndarray")
 class ndarray:  # noqa: N801
     __slots__ = ("__weakref__", "_host")
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
     __array_ufunc__ = None
     __array_priority__ = 100
 
@@ -171,7 +171,7 @@ class ndarray:  # noqa: N801
     ) -> None:
         if memptr is not None or strides is not None:
             raise lacks("cupy.ndarray of given memory")
-        self._host = np.empty(shape, dtype, order)  # type: ignore[call-overload]
+        self._host = np.empty(shape, dtype, order)
         memory.current().adopt(self._host)
 
     # What is refused.
@@ -281,7 +281,7 @@ class ndarray:  # noqa: N801
         if out is not None:
             out[...] = self._host
             return out
-        return np.array(self._host, order="K" if order == "A" else order)  # type: ignore[call-overload]
+        return np.array(self._host, order="K" if order == "A" else order)
 
     def set(self, arr: np.ndarray, stream: Any = None) -> None:
         if not isinstance(arr, np.ndarray):
@@ -608,11 +608,11 @@ def _uploaded(obj: Any, dtype: Any, copy: bool | None, order: str | None) -> nda
     if getattr(obj, "_is_frame", False):
         obj = obj.values
     if isinstance(obj, ndarray):
-        host = np.array(obj._host, dtype, copy=copy, order=order or "K")  # type: ignore[arg-type]
+        host = np.array(obj._host, dtype, copy=copy, order=order or "K")
         return obj if host is obj._host else wrap(host)
     if isinstance(obj, list | tuple) and any(isinstance(each, ndarray) for each in _flat(obj)):
         obj = [_argument("cupy.array", "obj", each) for each in obj]
-    return wrap(np.array(obj, dtype, order=order or "K"))  # type: ignore[arg-type]
+    return wrap(np.array(obj, dtype, order=order or "K"))
 
 
 def array(
@@ -644,13 +644,13 @@ def asfortranarray(a: Any, dtype: Any = None) -> ndarray:
 
 
 def full(shape: Any, fill_value: Any, dtype: Any = None, order: str = "C") -> ndarray:
-    return wrap(np.full(shape, host_of(fill_value), dtype, order))  # type: ignore[call-overload]
+    return wrap(np.full(shape, host_of(fill_value), dtype, order))
 
 
 def full_like(
     a: ndarray, fill_value: Any, dtype: Any = None, order: str = "K", subok: Any = None, shape: Any = None
 ) -> ndarray:
-    return wrap(np.full_like(_target(a), host_of(fill_value), dtype, order, shape=shape))  # type: ignore[call-overload]
+    return wrap(np.full_like(_target(a), host_of(fill_value), dtype, order, shape=shape))
 
 
 def copy(a: ndarray, order: str = "K") -> ndarray:
@@ -662,7 +662,7 @@ def asnumpy(
 ) -> np.ndarray:
     if isinstance(a, ndarray):
         return a.get(stream=stream, order=order, out=out, blocking=blocking)
-    return np.asarray(a, order=order)  # type: ignore[call-overload]
+    return np.asarray(a, order=order)
 
 
 def get_array_module(*args: Any) -> ModuleType:
@@ -694,7 +694,7 @@ def size(a: ndarray, axis: int | None = None) -> int:
 
 
 def put(a: ndarray, ind: Any, v: Any, mode: str = "wrap") -> None:
-    np.put(_target(a), host_of(ind), host_of(v), mode=mode)  # type: ignore[arg-type]
+    np.put(_target(a), host_of(ind), host_of(v), mode=mode)
 
 
 def broadcast_arrays(*args: ndarray) -> list[ndarray]:
@@ -887,11 +887,11 @@ def scatter_min(a: ndarray, slices: Any, value: Any) -> None:
 
 
 def empty_pinned(shape: Any, dtype: Any = float, order: str = "C") -> np.ndarray:
-    return np.empty(shape, dtype, order)  # type: ignore[call-overload]
+    return np.empty(shape, dtype, order)
 
 
 def zeros_pinned(shape: Any, dtype: Any = float, order: str = "C") -> np.ndarray:
-    return np.zeros(shape, dtype, order)  # type: ignore[call-overload]
+    return np.zeros(shape, dtype, order)
 
 
 def as_strided(x: ndarray, shape: Any = None, strides: Any = None) -> ndarray:

@@ -33,9 +33,7 @@ class LocalCUDACluster(LocalCluster):
         super().__init__(**passed)
 
 
-LocalCUDACluster.__init__ = guarded(  # type: ignore[method-assign]
-    _SURFACE.label, LocalCUDACluster.__init__, _SURFACE.signature("__init__")
-)
+LocalCUDACluster.__init__ = guarded(_SURFACE.label, LocalCUDACluster.__init__, _SURFACE.signature("__init__"))
 
 _PASSED = (
     "n_workers", "threads_per_worker", "memory_limit", "local_directory", "host", "dashboard_address",
@@ -55,7 +53,7 @@ _KNOWN_KWARGS = {
 
 def _check(options: dict[str, Any]) -> None:
     """What dask_cuda/local_cuda_cluster.py refuses; what LocalCluster does not know either is a typo."""
-    named = set(_SURFACE.signature("__init__").parameters)  # type: ignore[union-attr]
+    named = set(_SURFACE.signature("__init__").parameters)
     if unknown := set(options) - named - _KNOWN_KWARGS:
         raise TypeError(f"LocalCUDACluster has no {sorted(unknown)}")
     if not options.get("processes", True):

@@ -195,8 +195,8 @@ def mirror(path: str, label: str | None = None) -> Callable[[type], type]:
             elif inspect.isfunction(member):
                 setattr(cls, name, surface.guard(name, member))
         if "__init__" in vars(cls) and path in API:
-            cls.__init__ = guarded(surface.label, cls.__init__, surface.signature("__init__"))  # type: ignore[misc]
-        cls.__getattr__ = lambda _, name: surface.absent(name)  # type: ignore[attr-defined]
+            cls.__init__ = guarded(surface.label, cls.__init__, surface.signature("__init__"))
+        cls.__getattr__ = lambda _, name: surface.absent(name)
         return cls
 
     return decorate
