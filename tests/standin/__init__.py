@@ -31,7 +31,7 @@ from typing import Any
 os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
 
 from standin import numba_hook
-from standin.device import Device, renew
+from standin.device import Device, current, use
 
 _MODULES = {
     "cudf": "cudf_standin",
@@ -60,6 +60,9 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         numba_hook.install()
+        for part in list(vars(module).values()):
+            if isinstance(part, ModuleType) and part.__name__.startswith(f"{module.__name__}."):
+                importlib.import_module(part.__name__)
 
 
 _finder = _Finder()
@@ -84,18 +87,19 @@ def installed(memory_limit: int | None = None) -> Iterator[Device]:
 
     The limit holds in this process; worker processes have none.
     """
-    before = _ours()
+    inner, before, outer = _finder in sys.meta_path, _ours(), current()
     install()
     numba_hook.install()
     try:
-        yield renew(memory_limit)
+        yield use(Device(memory_limit))
     finally:
-        numba_hook.uninstall()
-        sys.meta_path.remove(_finder)
-        for name in _ours():
-            del sys.modules[name]
-        sys.modules.update(before)
-        renew(None)
+        use(outer)
+        if not inner:
+            numba_hook.uninstall()
+            sys.meta_path.remove(_finder)
+            for name in _ours():
+                del sys.modules[name]
+            sys.modules.update(before)
 
 
 def run(source: str, memory_limit: int | None = None, **names: Any) -> dict[str, Any]:

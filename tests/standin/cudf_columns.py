@@ -224,3 +224,10 @@ def table_of(columns: Mapping[Any, pd.Series], index: pd.Index | None = None) ->
     if not columns:
         return pd.DataFrame(index=index)
     return pd.DataFrame({name: column.array for name, column in columns.items()}, index=index, copy=False)
+
+
+def plain_index(index: pd.Index) -> pd.Index:
+    """An index of numbers in NumPy's dtype, where it has no nulls."""
+    if isinstance(index, pd.MultiIndex) or parts_of(index.array) is None or index.hasnans:
+        return index
+    return pd.Index(parts_of(index.array)[0], name=index.name)

@@ -97,17 +97,19 @@ class _Frame:
 
 def wrap(data: Any, renumber: bool = False) -> Any:
     """What pandas gave, on the device; scalars as they are."""
-    if isinstance(data, pd.Series):
-        return _made(Series, col.normal(data.reset_index(drop=True) if renumber else data))
-    if isinstance(data, pd.DataFrame):
-        return _made(
-            DataFrame, col.table_of({name: col.normal(data[name]) for name in data.columns}, data.index)
-        )
     if isinstance(data, pd.MultiIndex):
         raise lacks("MultiIndex")
     if isinstance(data, pd.Index):
         return _made(Index, col.normal(data.to_series(index=pd.RangeIndex(len(data)))))
-    return data
+    if not isinstance(data, pd.Series | pd.DataFrame):
+        return data
+    if renumber:
+        data = data.reset_index(drop=True)
+    index = col.plain_index(data.index)
+    if isinstance(data, pd.Series):
+        return _made(Series, col.normal(data.set_axis(index)))
+    made = {name: col.normal(data[name]) for name in data.columns}
+    return _made(DataFrame, col.table_of(made, index))
 
 
 def _made(cls: type, data: Any) -> Any:

@@ -96,8 +96,8 @@ def current() -> Device:
     return _current
 
 
-def renew(limit: int | None) -> Device:
-    """A device with nothing on it.  Arrays of the one before are still counted there."""
+def use(device: Device) -> Device:
+    """Make this the device.  Arrays of the one before are still counted there."""
     global _current
-    _current = Device(limit)
-    return _current
+    _current = device
+    return device
