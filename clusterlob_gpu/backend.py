@@ -1,15 +1,198 @@
 """Which machine computes: chosen once, at the edge, and handed down.
 
-This version computes on the CPU alone; `gpu` is refused instead of being quietly ignored.
+A `Backend` says how columns are held, and which passes run over them; steps are written once for both.
+Nothing of CUDA is imported before a GPU is asked for.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pandas as pd
+
+from clusterlob_gpu import flow_kernels, kernels
 from clusterlob_gpu.errors import InputError
+from clusterlob_gpu.store import load_column, save_columns
+
+Name = Literal["cpu", "gpu"]
+Columns = Mapping[str, Any]
+"""Arrays of the backend by name."""
+
+_LEAST_ROWS = 1 << 16
+"""Rows of a piece of a day below which a device is too small for this job."""
+
+log = logging.getLogger(__name__)
 
 
-def choose(asked: str) -> str:
-    """Backend of a run: `cpu` for auto and cpu.  Raises InputError for gpu."""
+class Backend(Protocol):
+    """Arrays, tables and passes of one machine."""
+
+    name: Name
+    xp: Any
+    """numpy or cupy."""
+    tables: Any
+    """pandas or cudf."""
+    kernels: Any
+    """`kernels` or `device_kernels`."""
+    flow_kernels: Any
+    """`flow_kernels` or `device_flow_kernels`."""
+    rows_at_once: int
+    """Trades of a day whose features are held at once, a multiple of 4096."""
+
+    def array(self, column: Any) -> Any:
+        """Array of a table's column without nulls."""
+        ...
+
+    def to_host(self, array: Any) -> np.ndarray:
+        """NumPy array of an array."""
+        ...
+
+    def keep(self, folder: Path, address: str, columns: Columns) -> None:
+        """Keep the columns of the trades of an artefact that is being written to `folder`."""
+        ...
+
+    def kept(self, folder: Path, address: str, names: Sequence[str], again: Callable[[], Columns]) -> Columns:
+        """Columns that were kept; those that are held no longer are made `again`."""
+        ...
+
+    def make_room(self) -> bool:
+        """Take less memory from now on; False where nothing is left to give up."""
+        ...
+
+
+@dataclass
+class _Cpu:
+    """This machine's cores and memory: trades of artefacts are files of the store."""
+
+    name: Name = "cpu"
+    xp: Any = np
+    tables: Any = pd
+    kernels: Any = kernels
+    flow_kernels: Any = flow_kernels
+    rows_at_once: int = 1 << 17
+
+    def array(self, column: Any) -> np.ndarray:
+        values: np.ndarray = column.to_numpy()
+        return values
+
+    def to_host(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def keep(self, folder: Path, address: str, columns: Columns) -> None:  # noqa: ARG002 - the folder says it
+        save_columns(folder, **columns)
+
+    def kept(
+        self,
+        folder: Path,
+        address: str,  # noqa: ARG002
+        names: Sequence[str],
+        again: Callable[[], Columns],  # noqa: ARG002 - files stay
+    ) -> Columns:
+        return {name: load_column(folder, name) for name in names}
+
+    def make_room(self) -> bool:
+        return False
+
+
+CPU: Backend = _Cpu()
+
+
+@dataclass
+class _Gpu:
+    """One GPU: trades of artefacts stay in its memory, the store has but their record.
+
+    What was used longest ago is let go when memory runs short, and made again when it is wanted.
+    """
+
+    xp: Any
+    tables: Any
+    kernels: Any
+    flow_kernels: Any
+    name: Name = "gpu"
+    rows_at_once: int = 1 << 26
+    _held: OrderedDict[str, Columns] = field(default_factory=OrderedDict)
+
+    def array(self, column: Any) -> Any:
+        return column.values  # noqa: PD011 - shares the memory of the column
+
+    def to_host(self, array: Any) -> np.ndarray:
+        host: np.ndarray = self.xp.asnumpy(array)
+        return host
+
+    def keep(self, folder: Path, address: str, columns: Columns) -> None:  # noqa: ARG002
+        self._held[address] = columns
+
+    def kept(
+        self,
+        folder: Path,  # noqa: ARG002
+        address: str,
+        names: Sequence[str],  # noqa: ARG002
+        again: Callable[[], Columns],
+    ) -> Columns:
+        if address not in self._held:
+            self._held[address] = again()
+        self._held.move_to_end(address)
+        return self._held[address]
+
+    def make_room(self) -> bool:
+        """Let go of half of what is held; where nothing is, take days in half as large pieces."""
+        if self._held:
+            for _ in range(-(-len(self._held) // 2)):
+                self._held.popitem(last=False)
+            return True
+        if self.rows_at_once // 2 < _LEAST_ROWS:
+            return False
+        self.rows_at_once //= 2
+        log.warning("device memory is short: days are taken in pieces of %d trades", self.rows_at_once)
+        return True
+
+
+@cache
+def of(name: Name) -> Backend:
+    """The backend of that name in this process."""
+    return CPU if name == "cpu" else _gpu()
+
+
+def _gpu() -> Backend:
+    cudf, cupy, rmm = (import_module(name) for name in ("cudf", "cupy", "rmm"))
+    if type(rmm.mr.get_current_device_resource()) is rmm.mr.CudaMemoryResource:
+        # Nobody has set up a pool: the driver's own spares a call of cudaMalloc for every array.
+        rmm.mr.set_current_device_resource(rmm.mr.CudaAsyncMemoryResource())
+    allocator = import_module("rmm.allocators.cupy").rmm_cupy_allocator
+    cupy.cuda.set_allocator(allocator)
+    device = import_module("clusterlob_gpu.device_kernels")
+    device_flow = import_module("clusterlob_gpu.device_flow_kernels")
+    return _Gpu(cupy, cudf, device, device_flow)
+
+
+def choose(asked: str) -> Name:
+    """Backend of a run: gpu where `auto` finds RAPIDS and a device.  Raises InputError where gpu cannot be had."""
+    if asked == "cpu":
+        return "cpu"
+    missing = _why_no_gpu()
+    if missing is None:
+        return "gpu"
     if asked == "gpu":
-        raise InputError("--backend gpu: this version computes on the CPU only; use auto or cpu")
+        raise InputError(f"--backend gpu: {missing}; use auto or cpu")
     return "cpu"
+
+
+def _why_no_gpu() -> str | None:
+    """What is missing for the GPU; None where it is there."""
+    absent = [name for name in ("cupy", "cudf", "cuml", "rmm") if find_spec(name) is None]
+    if absent:
+        return f"{', '.join(absent)} not installed: install the extra gpu-cu13 or gpu-cu12 of clusterlob_gpu"
+    try:
+        devices = import_module("cupy").cuda.runtime.getDeviceCount()
+    except Exception as error:  # a driver that is too old, or none at all
+        return f"no CUDA device answers ({' '.join(str(error).split())})"
+    return None if devices else "no CUDA device is visible"
