@@ -21,6 +21,7 @@ import pandas as pd
 
 from clusterlob_gpu import flow_kernels, kernels
 from clusterlob_gpu.errors import InputError
+from clusterlob_gpu.lake import decode
 from clusterlob_gpu.store import load_column, save_columns
 
 Name = Literal["cpu", "gpu"]
@@ -45,6 +46,8 @@ class Backend(Protocol):
     """`kernels` or `device_kernels`."""
     flow_kernels: Any
     """`flow_kernels` or `device_flow_kernels`."""
+    decode: Any
+    """`lake.decode` or `lake.device_decode`."""
     rows_at_once: int
     """Trades of a day whose features are held at once, a multiple of 4096."""
 
@@ -78,6 +81,7 @@ class _Cpu:
     tables: Any = pd
     kernels: Any = kernels
     flow_kernels: Any = flow_kernels
+    decode: Any = decode
     rows_at_once: int = 1 << 17
 
     def array(self, column: Any) -> np.ndarray:
@@ -117,6 +121,7 @@ class _Gpu:
     tables: Any
     kernels: Any
     flow_kernels: Any
+    decode: Any
     name: Name = "gpu"
     rows_at_once: int = 1 << 26
     _held: OrderedDict[str, Columns] = field(default_factory=OrderedDict)
@@ -169,13 +174,13 @@ def _gpu() -> Backend:
         rmm.mr.set_current_device_resource(rmm.mr.CudaAsyncMemoryResource())
     allocator = import_module("rmm.allocators.cupy").rmm_cupy_allocator
     cupy.cuda.set_allocator(allocator)
-    device = import_module("clusterlob_gpu.device_kernels")
-    device_flow = import_module("clusterlob_gpu.device_flow_kernels")
-    return _Gpu(cupy, cudf, device, device_flow)
+    names = ("device_kernels", "device_flow_kernels", "lake.device_decode")
+    rooms: list[Any] = [import_module(f"clusterlob_gpu.{name}") for name in names]
+    return _Gpu(cupy, cudf, *rooms)
 
 
 def choose(asked: str) -> Name:
-    """Backend of a run: gpu where `auto` finds RAPIDS and a device.  Raises InputError where gpu cannot be had."""
+    """Backend of a run: `auto` is gpu where RAPIDS and a device are found.  Raises InputError for a gpu that is not."""
     if asked == "cpu":
         return "cpu"
     missing = _why_no_gpu()

@@ -24,26 +24,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clusterlob_gpu import kernels
+from clusterlob_gpu.backend import CPU, Backend
 from clusterlob_gpu.errors import LakeError
 from clusterlob_gpu.files import Entry, Location, parquet_faults
-from clusterlob_gpu.lake import manifest
+from clusterlob_gpu.lake import decode, manifest
 from clusterlob_gpu.lake.layout import day_start_us
 from clusterlob_gpu.lake.symbols import DIM_SYMBOL_FILE, Symbol, find_symbol
-from clusterlob_gpu.schema import LAKE_TABLES, NO_ID, US_PER_DAY, BookRows, Fills, Trades
+from clusterlob_gpu.schema import US_PER_DAY, BookRows, Fills, Trades
 
 _LOOKERS = 16
 """Threads that look at days: an object store answers slowly, but many at a time."""
 _TAIL = 65_536
 """Bytes at the end of a file that go into its fingerprint; they nearly always hold its footer."""
-_SNAPSHOT_BATCH = 16_384
 _WIDEST = (-(2**63), 2**63 - 1)
 _TRADE_COLUMNS = ["side", "price_int", "qty_int"]
 _ORDER = ("ts_local_us", "file_id", "file_line_number")
-_FLOATS = {f.name for f in LAKE_TABLES["derivative_ticker"] if pa.types.is_floating(f.type)}
+
+Chunk = dict[str, Any]
+"""Columns of some rows of a day, arrays of the backend."""
 
 
 def days_between(first: date, last: date) -> list[date]:
@@ -59,6 +60,8 @@ class _Part(NamedTuple):
     footer: bytes
     """Parsed again at every use: parsed, it would take eight times the memory."""
     row_groups: list[int]
+    only: int | None
+    """The one symbol_id of these row groups, None where there may be several."""
 
     @property
     def meta(self) -> pq.FileMetaData:
@@ -199,9 +202,9 @@ class SymbolLake:
                 tail = file.read_at(min(entry.size, _TAIL), max(0, entry.size - _TAIL))
                 footer = _footer(file, tail)
                 meta = pq.read_metadata(pa.BufferReader(footer))
-                groups = self._row_groups(where, file, meta)
+                groups, only = self._row_groups(where, file, meta)
             if groups:
-                parts.append(_Part(where, state, footer, groups))
+                parts.append(_Part(where, state, footer, groups, only))
                 digest.update(f"{entry.name} {entry.size} {entry.changed_ns}".encode())
                 digest.update(tail)
                 rows += _total(meta, groups, "num_rows")
@@ -209,41 +212,50 @@ class SymbolLake:
                 stored += entry.size * _total(meta, groups, "total_byte_size") // max(1, whole)
         return _Look(parts, digest.hexdigest(), rows, stored)
 
-    def _row_groups(self, where: Location, source: pa.NativeFile, meta: pq.FileMetaData) -> list[int]:
-        """Row groups with rows of the symbol; statistics decide where they can, else the column."""
+    def _row_groups(
+        self, where: Location, source: pa.NativeFile, meta: pq.FileMetaData
+    ) -> tuple[list[int], int | None]:
+        """Row groups with rows of the symbol, and their one symbol_id where statistics tell it.
+
+        Statistics decide where they can, else the column.
+        """
         leaf, wanted = _leaf(meta, "symbol_id", where), self.symbol.ids
-        found = []
+        found, ids = [], set[int | None]()
         for group in range(meta.num_row_groups):
             low, high = _bounds(meta, group, leaf)
             if not any(low <= key <= high for key in wanted):
                 continue
             if low == high:
                 found.append(group)
+                ids.add(low)
                 continue
-            ids = _parquet(where, source, meta).read_row_group(group, columns=["symbol_id"])["symbol_id"]
-            if np.isin(_int_column(ids, where, "symbol_id"), wanted).any():
+            there = decode.flat(where, source, meta, [group], ["symbol_id"])["symbol_id"]
+            if np.isin(there, wanted).any():
                 found.append(group)
-        return found
+                ids.add(None)
+        return found, ids.pop() if len(ids) == 1 else None
 
-    def read_trades(self, day: date, last: int | None = None) -> Trades:
+    def read_trades(self, day: date, last: int | None = None, *, on: Backend = CPU) -> Trades:
         """The day's trades, or at least the `last` of them where the file allows to read only those."""
         parts = self._look("trades", day).parts
         if last is not None and len(parts) == 1:
             with _fault_of("trades", day):
                 parts = [_last_groups(parts[0], last)]
-        return self._trades(day, self._gather("trades", day, self._scalars(parts, day, _TRADE_COLUMNS)))
+        chunks = self._scalars(parts, day, _TRADE_COLUMNS, on)
+        return self._trades(day, self._gather("trades", day, chunks, on))
 
-    def read_fills(self, day: date) -> Fills:
+    def read_fills(self, day: date, *, on: Backend = CPU) -> Fills:
         """The day's trades with the exchange's time and id of each, from which orders are rebuilt."""
         names = [*_TRADE_COLUMNS, "ts_exch_us", "trade_id"]
-        columns = self._gather("trades", day, self._scalars(self._look("trades", day).parts, day, names))
+        chunks = self._scalars(self._look("trades", day).parts, day, names, on)
+        columns = self._gather("trades", day, chunks, on)
         return Fills(self._trades(day, columns), columns["ts_exch_us"], columns["trade_id"])
 
-    def _trades(self, day: date, columns: dict[str, np.ndarray]) -> Trades:
+    def _trades(self, day: date, columns: Chunk) -> Trades:
         price, qty = columns["price_int"], columns["qty_int"]
-        ts, side = columns["ts_local_us"], columns["side"].astype(np.uint8)
+        ts, side = columns["ts_local_us"], columns["side"].astype(np.uint8, copy=False)
         with _fault_of("trades", day):
-            _check_notional(price, qty, f"trades of {self.symbol.name} from ts_local_us = {ts[0]}")
+            _check_notional(price, qty, f"trades of {self.symbol.name} from ts_local_us = {int(ts[0])}")
         return Trades(ts, side, price, qty)
 
     def read_ticker(self, day: date, names: list[str]) -> dict[str, np.ndarray]:
@@ -252,25 +264,24 @@ class SymbolLake:
         # Some lakes keep no file and line for this table: then time alone orders it.
         there = parts[0].meta.schema.to_arrow_schema().names if parts else []
         order = ("ts_local_us", *(name for name in _ORDER[1:] if name in there))
-        return self._gather("derivative_ticker", day, self._scalars(parts, day, names, order))
+        chunks = self._scalars(parts, day, names, CPU, order)
+        return self._gather("derivative_ticker", day, chunks, CPU)
 
-    def read_book(self, day: date, table: str, depth: int) -> BookRows:
+    def read_book(self, day: date, table: str, depth: int, *, on: Backend = CPU) -> BookRows:
         """The day's book rows from `book_snapshot_25` or `quotes`, depth summed over `depth` levels."""
         read = self._snapshots if table == "book_snapshot_25" else self._quotes
-        columns = self._gather(table, day, read(self._look(table, day).parts, day, depth))
+        columns = self._gather(table, day, read(self._look(table, day).parts, day, depth, on), on)
         names = ("ts_local_us", "bid", "ask", "bid_sz", "ask_sz", "bid_depth", "ask_depth", "tick")
         return BookRows(*(columns[name] for name in names))
 
-    def _gather(
-        self, table: str, day: date, chunks: Iterator[dict[str, np.ndarray]]
-    ) -> dict[str, np.ndarray]:
+    def _gather(self, table: str, day: date, chunks: Iterator[Chunk], on: Backend) -> Chunk:
         """Columns of a day in the lake's order; raises LakeError if there are no rows."""
         with _fault_of(table, day):
             held = list(chunks)
             if not held:
                 raise LakeError(self.absent(table, day))
-        columns = held[0] if len(held) == 1 else _concatenated(held)
-        order = _order(columns)
+        columns = held[0] if len(held) == 1 else _concatenated(held, on)
+        order = _order(columns, on)
         return columns if order is None else {name: values[order] for name, values in columns.items()}
 
     def absent(self, table: str, day: date) -> str:
@@ -284,84 +295,72 @@ class SymbolLake:
         )
 
     def _scalars(
-        self, parts: list[_Part], day: date, names: list[str], order: tuple[str, ...] = _ORDER
-    ) -> Iterator[dict[str, np.ndarray]]:
+        self, parts: list[_Part], day: date, names: list[str], on: Backend, order: tuple[str, ...] = _ORDER
+    ) -> Iterator[Chunk]:
         """Plain columns of every part, filtered to the symbol, integers in common units."""
         for part in parts:
-            columns = [*order, "symbol_id", *names]
-            with _opened(part, columns) as file:
-                table = file.read_row_groups(part.row_groups, columns=columns, use_threads=False)
-            chunk = {name: _column(table[name], part.where, name) for name in columns}
-            yield self._normalise(self._filtered(chunk), part.where, day)
+            columns = [*order, *names]
+            with _opened(part, [*columns, "symbol_id"]) as (file, meta):
+                chunk = self._flat(part, file, meta, columns, on)
+            yield self._normalise(self._filtered(chunk, part, on), part, day, on)
 
-    def _filtered(self, chunk: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The symbol's rows."""
-        mine = np.isin(chunk["symbol_id"], self.symbol.ids)
-        return chunk if mine.all() else {name: values[mine] for name, values in chunk.items()}
-
-    def _normalise(self, chunk: dict[str, np.ndarray], where: Location, day: date) -> dict[str, np.ndarray]:
-        """Check the day, scale integers of every period to the symbol's units, add the tick."""
-        ts = chunk["ts_local_us"]
-        start = day_start_us(day)
-        outside = (ts < start) | (ts >= start + US_PER_DAY)
-        if outside.any():
-            at = int(np.argmax(outside))
-            when = datetime.fromtimestamp(int(ts[at]) / 1e6, UTC)
-            raise LakeError(
-                f"{where}: row {at} has ts_local_us = {ts[at]} ({when:%Y-%m-%d}), not the day {day}"
-            )
-        rows = self.symbol.rows
-        if len(rows) == 1 and rows["valid_from_ts"][0] <= start < rows["valid_until_ts"][0] - US_PER_DAY:
-            chunk["tick"] = np.full(len(ts), self.symbol.ticks()[0])
-            return chunk
-        period = self.symbol.row_at(chunk["symbol_id"], ts, str(where))
-        chunk["tick"] = self.symbol.ticks()[period]
-        scales = {
-            "price": self.symbol.factors("price_increment")[period],
-            "size": self.symbol.factors("amount_increment")[period],
-        }
-        for name, values in chunk.items():
-            kind = _UNITS.get(name)
-            if kind is not None:
-                missing = values == kernels.NO_LEVEL
-                largest = float(np.abs(np.where(missing, 0, values)).max(initial=0)) * scales[kind].max()
-                if largest >= 2.0**62:
-                    raise LakeError(
-                        f"{where}: {name} reaches {largest:.3g} in the symbol's finest unit, beyond 2^62; "
-                        "coarsen the increments in dim_symbol"
-                    )
-                chunk[name] = np.where(missing, values, values * scales[kind])
+    def _flat(
+        self, part: _Part, file: pa.NativeFile, meta: pq.FileMetaData, names: list[str], on: Backend
+    ) -> Chunk:
+        """Flat columns of a part, and symbol_id where the rows are not known to have the same."""
+        names = names if part.only is not None else [*names, "symbol_id"]
+        chunk: Chunk = on.decode.flat(part.where, file, meta, part.row_groups, names)
         return chunk
 
-    def _quotes(self, parts: list[_Part], day: date, _depth: int) -> Iterator[dict[str, np.ndarray]]:
+    def _filtered(self, chunk: Chunk, part: _Part, on: Backend) -> Chunk:
+        """The symbol's rows."""
+        if part.only is not None:
+            return chunk
+        mine = on.xp.isin(chunk["symbol_id"], on.xp.asarray(self.symbol.ids))
+        return chunk if bool(mine.all()) else {name: values[mine] for name, values in chunk.items()}
+
+    def _normalise(self, chunk: Chunk, part: _Part, day: date, on: Backend) -> Chunk:
+        """Check the day, scale integers of every period to the symbol's units, add a book's tick."""
+        ts, start, where = chunk["ts_local_us"], day_start_us(day), part.where
+        symbol_id = chunk.pop("symbol_id", None)
+        if len(ts) and not (start <= int(ts.min()) and int(ts.max()) < start + US_PER_DAY):
+            at = int(on.xp.argmax((ts < start) | (ts >= start + US_PER_DAY)))
+            when = datetime.fromtimestamp(int(ts[at]) / 1e6, UTC)
+            raise LakeError(
+                f"{where}: row {at} has ts_local_us = {int(ts[at])} ({when:%Y-%m-%d}), not the day {day}"
+            )
+        rows, is_book = self.symbol.rows, "bid" in chunk or "bid_px_int" in chunk
+        if len(rows) == 1 and rows["valid_from_ts"][0] <= start < rows["valid_until_ts"][0] - US_PER_DAY:
+            return chunk | ({"tick": on.xp.full(len(ts), self.symbol.ticks()[0])} if is_book else {})
+        times = on.to_host(ts)
+        ids = np.full(len(ts), part.only) if symbol_id is None else on.to_host(symbol_id)
+        period = self.symbol.row_at(ids, times, str(where))
+        if is_book:
+            chunk["tick"] = on.xp.asarray(self.symbol.ticks()[period])
+        for kind, increment in (("price", "price_increment"), ("size", "amount_increment")):
+            factor = self.symbol.factors(increment)
+            scale = on.xp.asarray(factor[period])
+            for name in (name for name in chunk if _UNITS.get(name) == kind):
+                chunk[name] = _scaled(chunk[name], scale, int(factor.max()), f"{where}: {name}", on)
+        return chunk
+
+    def _quotes(self, parts: list[_Part], day: date, _depth: int, on: Backend) -> Iterator[Chunk]:
         names = ["bid_px_int", "ask_px_int", "bid_sz_int", "ask_sz_int"]
-        for chunk in self._scalars(parts, day, names):
+        for chunk in self._scalars(parts, day, names, on):
             for short, long in zip(("bid", "ask", "bid_sz", "ask_sz"), names, strict=True):
                 chunk[short] = chunk.pop(long)
-            chunk["bid_depth"] = np.maximum(chunk["bid_sz"], 0)
-            chunk["ask_depth"] = np.maximum(chunk["ask_sz"], 0)
+            chunk["bid_depth"] = on.xp.maximum(chunk["bid_sz"], 0)
+            chunk["ask_depth"] = on.xp.maximum(chunk["ask_sz"], 0)
             yield chunk
 
-    def _snapshots(self, parts: list[_Part], day: date, depth: int) -> Iterator[dict[str, np.ndarray]]:
+    def _snapshots(self, parts: list[_Part], day: date, depth: int, on: Backend) -> Iterator[Chunk]:
         for part in parts:
-            plain = [*_ORDER, "symbol_id"]
-            with _opened(part, [*plain, *_LISTS]) as file:
-                table = file.read_row_groups(part.row_groups, columns=plain, use_threads=False)
-                chunk = {name: _int_column(table[name], part.where, name) for name in plain}
-                for name in _LISTS:
-                    kind = file.schema_arrow.field(name).type
-                    _expect(_lists_integers(kind), kind, "list of integers", part.where, name)
-                chunk |= _reduced(file, part.row_groups, len(table), depth)
-            yield self._normalise(self._filtered(chunk), part.where, day)
+            with _opened(part, [*_ORDER, "symbol_id", *decode.LISTS]) as (file, meta):
+                chunk = self._flat(part, file, meta, list(_ORDER), on)
+                chunk |= on.decode.levels(part.where, file, meta, part.row_groups, depth)
+            yield self._normalise(self._filtered(chunk, part, on), part, day, on)
 
 
-_LISTS = {
-    "bids_px": ("bid", "unused"),
-    "bids_sz": ("bid_sz", "bid_depth"),
-    "asks_px": ("ask", "unused"),
-    "asks_sz": ("ask_sz", "ask_depth"),
-}
-"""List columns of a snapshot: what their first entry is, and what the sum of the first ones."""
 _UNITS = {
     "price_int": "price",
     "qty_int": "size",
@@ -408,19 +407,9 @@ def _changed(where: Location) -> OSError:
     return OSError(errno.ESTALE, "has changed while it was in use; run again", str(where))
 
 
-def _parquet(where: Location, source: pa.NativeFile, meta: pq.FileMetaData) -> pq.ParquetFile:
-    """A Parquet reader that finds damage where the file has checksums.
-
-    On S3 it joins the reads of neighbouring columns into few requests; a disk needs no such buffers.
-    """
-    return pq.ParquetFile(
-        source, metadata=meta, pre_buffer=where.path is None, page_checksum_verification=True
-    )
-
-
 @contextmanager
-def _opened(part: _Part, columns: list[str]) -> Iterator[pq.ParquetFile]:
-    """The file as it was looked at, with these columns.
+def _opened(part: _Part, columns: list[str]) -> Iterator[tuple[pa.NativeFile, pq.FileMetaData]]:
+    """The file as it was looked at, and its metadata, which has these columns.
 
     Raises LakeError if it lacks one or the block finds it broken, OSError if it is another file by now.
     """
@@ -429,7 +418,7 @@ def _opened(part: _Part, columns: list[str]) -> Iterator[pq.ParquetFile]:
             raise _changed(part.where)
         meta = part.meta
         _require(columns, meta.schema.to_arrow_schema().names, part.where)
-        yield _parquet(part.where, file, meta)
+        yield file, meta
 
 
 def _require(columns: list[str], there: list[str], where: Location) -> None:
@@ -481,92 +470,39 @@ def _bounds(meta: pq.FileMetaData, group: int, leaf: int) -> tuple[int, int]:
     return (stats.min_raw, stats.max_raw) if stats is not None and stats.has_min_max else _WIDEST
 
 
-def _column(column: pa.ChunkedArray, where: Location, name: str) -> np.ndarray:
-    """A flat column as NumPy: trade ids as numbers, floats with NaN for null, integers as int64."""
-    if name == "trade_id":
-        return numeric_ids(column)
-    if name in _FLOATS:
-        _expect(pa.types.is_floating(column.type), column.type, "float", where, name)
-        return column.to_numpy().astype(np.float64, copy=False)
-    return _int_column(column, where, name)
+def _concatenated(chunks: list[Chunk], on: Backend) -> Chunk:
+    return {name: on.xp.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
-def _expect(ok: bool, kind: pa.DataType, wanted: str, where: Location, name: str) -> None:
-    if not ok:
-        raise LakeError(f"{where}: column {name} is {kind}, it must be {wanted}; ingest it again")
-
-
-def numeric_ids(ids: pa.ChunkedArray) -> np.ndarray:
-    """Trade ids as int64; NO_ID for one that is not a plain decimal number of 1 to 18 digits."""
-    if not pa.types.is_string(ids.type):
-        ids = ids.cast(pa.string())
-    short = pc.less_equal(pc.binary_length(ids), 18)
-    plain = pc.fill_null(pc.and_(short, pc.and_(pc.string_is_ascii(ids), pc.utf8_is_decimal(ids))), False)
-    return pc.if_else(plain, ids, str(NO_ID)).cast(pa.int64()).to_numpy()
-
-
-def _int_column(column: pa.ChunkedArray, where: Location, name: str) -> np.ndarray:
-    """An integer column as int64; nulls become NO_LEVEL (allowed in quotes only)."""
-    _expect(pa.types.is_integer(column.type), column.type, "integer", where, name)
-    if column.null_count:
-        if _UNITS.get(name) is None or name in ("price_int", "qty_int"):
-            raise LakeError(f"{where}: column {name} has {column.null_count} nulls; it may have none")
-        column = pc.fill_null(column, pa.scalar(kernels.NO_LEVEL, pa.int64()))
-    return column.to_numpy().astype(np.int64, copy=False)
-
-
-def _reduced(file: pq.ParquetFile, groups: list[int], rows: int, depth: int) -> dict[str, np.ndarray]:
-    """First entries and depth sums of the list columns; ArrowInvalid unless they have `rows` rows."""
-    found = _concatenated(
-        [
-            _reduced_batch(batch, depth)
-            for group in groups  # one by one: what is buffered for a reader stays until it ends
-            for batch in file.iter_batches(_SNAPSHOT_BATCH, [group], list(_LISTS), use_threads=False)
-        ]
-    )
-    if len(found["bid"]) != rows:
-        raise pa.ArrowInvalid(f"{len(found['bid'])} rows of lists beside {rows} of the other columns")
-    return found
-
-
-def _reduced_batch(batch: pa.RecordBatch, depth: int) -> dict[str, np.ndarray]:
-    found = {name: np.empty(len(batch), np.int64) for names in _LISTS.values() for name in names}
-    for name, (best, total) in _LISTS.items():
-        kernels.reduce_levels(*_list_buffers(batch[name]), depth, found[best], found[total])
-    del found["unused"]
-    return found
-
-
-def _lists_integers(kind: pa.DataType) -> bool:
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return is_list and pa.types.is_integer(kind.value_type)
-
-
-def _list_buffers(lists: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets and end-to-end values of a list column; a null list is empty, a null entry NO_LEVEL."""
-    if pa.types.is_fixed_size_list(lists.type) or lists.null_count:
-        lists = pc.fill_null(lists.cast(pa.list_(pa.int64())), [])
-    values = lists.values
-    if values.null_count:
-        values = pc.fill_null(values, pa.scalar(kernels.NO_LEVEL, pa.int64()))
-    return lists.offsets.to_numpy().astype(np.int64), values.to_numpy()
-
-
-def _concatenated(chunks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-
-
-def _order(columns: dict[str, np.ndarray]) -> np.ndarray | None:
+def _order(columns: Chunk, on: Backend) -> Any:
     """Permutation into the lake's order, None where the rows are in it already."""
     keys = [columns[name] for name in _ORDER if name in columns]
-    if len(keys) == len(_ORDER) and kernels.is_sorted(*keys):
+    if len(keys) == len(_ORDER) and on.kernels.is_sorted(*keys):
         return None
-    return np.lexsort(keys[::-1])
+    return on.xp.lexsort(on.xp.stack([key.astype(np.int64, copy=False) for key in keys[::-1]]))
 
 
-def _check_notional(price: np.ndarray, qty: np.ndarray, where: str) -> None:
+def _scaled(values: Any, scale: Any, largest_scale: int, what: str, on: Backend) -> Any:
+    """Integers times a whole number each, missing ones as they are; LakeError beyond 2^62."""
+    missing = values == kernels.NO_LEVEL
+    known = on.xp.where(missing, 0, values)
+    largest = _magnitude(known) * float(largest_scale)
+    if largest >= 2.0**62:
+        raise LakeError(
+            f"{what} reaches {largest:.3g} in the symbol's finest unit, beyond 2^62; "
+            "coarsen the increments in dim_symbol"
+        )
+    return on.xp.where(missing, values, values * scale)
+
+
+def _magnitude(values: Any) -> float:
+    """Largest absolute value of an integer column, 0 of an empty one."""
+    return max(-float(values.min()), float(values.max())) if len(values) else 0.0
+
+
+def _check_notional(price: Any, qty: Any, where: str) -> None:
     """Raise unless every price * qty fits an int64."""
-    largest = float(np.abs(price).max()) * float(np.abs(qty).max())
+    largest = _magnitude(price) * _magnitude(qty)
     if largest >= 2.0**62:
         raise LakeError(
             f"{where}: price_int * qty_int reaches {largest:.3g}, beyond 2^62; "

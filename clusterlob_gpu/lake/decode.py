@@ -1,0 +1,144 @@
+"""Columns of Parquet row groups as NumPy arrays; `device_decode` gives CuPy arrays of the same.
+
+Snapshots are decoded in small batches and reduced at once to the few integers that are needed, so that
+memory stays small.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from clusterlob_gpu import kernels
+from clusterlob_gpu.errors import LakeError
+from clusterlob_gpu.files import Location
+from clusterlob_gpu.schema import LAKE_TABLES, NO_ID
+
+SNAPSHOT_BATCH = 16_384
+_FLOATS = {f.name for f in LAKE_TABLES["derivative_ticker"] if pa.types.is_floating(f.type)}
+LISTS = {
+    "bids_px": ("bid", "unused"),
+    "bids_sz": ("bid_sz", "bid_depth"),
+    "asks_px": ("ask", "unused"),
+    "asks_sz": ("ask_sz", "ask_depth"),
+}
+"""List columns of a snapshot: what their first entry is, and what the sum of the first ones."""
+NULLABLE = {"bid_px_int", "bid_sz_int", "ask_px_int", "ask_sz_int"}
+"""Integer columns that may have nulls, which become NO_LEVEL."""
+AS_STORED = {"side", "file_id", "file_line_number"}
+"""Integer columns that are only compared."""
+
+
+def parquet(where: Location, source: pa.NativeFile, meta: pq.FileMetaData) -> pq.ParquetFile:
+    """A Parquet reader that finds damage where the file has checksums.
+
+    On S3 it joins the reads of neighbouring columns into few requests; a disk needs no such buffers.
+    """
+    return pq.ParquetFile(
+        source, metadata=meta, pre_buffer=where.path is None, page_checksum_verification=True
+    )
+
+
+def flat(
+    where: Location, source: pa.NativeFile, meta: pq.FileMetaData, groups: list[int], names: list[str]
+) -> dict[str, Any]:
+    """Flat columns of row groups: trade ids as numbers, floats with NaN for null, integers as they are.
+
+    Raises LakeError for a column of another kind, or with nulls where it may have none.
+    """
+    table = parquet(where, source, meta).read_row_groups(groups, columns=names, use_threads=False)
+    return {name: _column(table[name], where, name) for name in names}
+
+
+def levels(
+    where: Location, source: pa.NativeFile, meta: pq.FileMetaData, groups: list[int], depth: int
+) -> dict[str, Any]:
+    """First entries and depth sums of a snapshot's list columns, by the names in `LISTS`."""
+    file = parquet(where, source, meta)
+    expect_lists(file.schema_arrow, where)
+    rows = sum(meta.row_group(group).num_rows for group in groups)
+    return _reduced(file, groups, rows, depth)
+
+
+def expect_lists(schema: pa.Schema, where: Location) -> None:
+    """Raise LakeError unless the list columns are lists of integers."""
+    for name in LISTS:
+        kind = schema.field(name).type
+        _expect(_lists_integers(kind), kind, "list of integers", where, name)
+
+
+def _column(column: pa.ChunkedArray, where: Location, name: str) -> np.ndarray:
+    """A flat column as NumPy: trade ids as numbers, floats with NaN for null, integers as int64."""
+    if name == "trade_id":
+        return numeric_ids(column)
+    if name in _FLOATS:
+        _expect(pa.types.is_floating(column.type), column.type, "float", where, name)
+        return column.to_numpy().astype(np.float64, copy=False)
+    return _int_column(column, where, name)
+
+
+def _expect(ok: bool, kind: pa.DataType, wanted: str, where: Location, name: str) -> None:
+    if not ok:
+        raise LakeError(f"{where}: column {name} is {kind}, it must be {wanted}; ingest it again")
+
+
+def numeric_ids(ids: pa.ChunkedArray) -> np.ndarray:
+    """Trade ids as int64; NO_ID for one that is not a plain decimal number of 1 to 18 digits."""
+    if not pa.types.is_string(ids.type):
+        ids = ids.cast(pa.string())
+    short = pc.less_equal(pc.binary_length(ids), 18)
+    plain = pc.fill_null(pc.and_(short, pc.and_(pc.string_is_ascii(ids), pc.utf8_is_decimal(ids))), False)
+    return pc.if_else(plain, ids, str(NO_ID)).cast(pa.int64()).to_numpy()
+
+
+def _int_column(column: pa.ChunkedArray, where: Location, name: str) -> np.ndarray:
+    """An integer column, prices and sizes as int64; nulls become NO_LEVEL (allowed in quotes only)."""
+    expect_integers(column.type, column.null_count, where, name)
+    if column.null_count:
+        column = pc.fill_null(column.cast(pa.int64()), pa.scalar(kernels.NO_LEVEL, pa.int64()))
+    values = column.to_numpy()
+    return values if name in AS_STORED else values.astype(np.int64, copy=False)
+
+
+def expect_integers(kind: pa.DataType, nulls: int, where: Location, name: str) -> None:
+    """Raise LakeError unless a column is of integers, without nulls where it may have none."""
+    _expect(pa.types.is_integer(kind), kind, "integer", where, name)
+    if nulls and name not in NULLABLE:
+        raise LakeError(f"{where}: column {name} has {nulls} nulls; it may have none")
+
+
+def _reduced(file: pq.ParquetFile, groups: list[int], rows: int, depth: int) -> dict[str, np.ndarray]:
+    """First entries and depth sums of the list columns; ArrowInvalid unless they have `rows` rows."""
+    found = {name: np.empty(rows, np.int64) for names in LISTS.values() for name in names}
+    at = 0
+    for group in groups:  # one by one: what is buffered for a reader stays until it ends
+        for batch in file.iter_batches(SNAPSHOT_BATCH, [group], list(LISTS), use_threads=False):
+            if at + len(batch) > rows:
+                raise pa.ArrowInvalid(f"more rows of lists than the {rows} of the other columns")
+            for name, (best, total) in LISTS.items():
+                into = (found[column][at : at + len(batch)] for column in (best, total))
+                kernels.reduce_levels(*_list_buffers(batch[name]), depth, *into)
+            at += len(batch)
+    if at != rows:
+        raise pa.ArrowInvalid(f"{at} rows of lists beside {rows} of the other columns")
+    del found["unused"]
+    return found
+
+
+def _lists_integers(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list and pa.types.is_integer(kind.value_type)
+
+
+def _list_buffers(lists: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and end-to-end values of a list column; a null list is empty, a null entry NO_LEVEL."""
+    if pa.types.is_fixed_size_list(lists.type) or lists.null_count:
+        lists = pc.fill_null(lists.cast(pa.list_(pa.int64())), [])
+    values = lists.values
+    if values.null_count:
+        values = pc.fill_null(values, pa.scalar(kernels.NO_LEVEL, pa.int64()))
+    return lists.offsets.to_numpy(), values.to_numpy()
