@@ -210,7 +210,9 @@ def _rolling_z(x, window, skip, out):
     Thread t has the values [a, b) of this block and of the block before; one each, unless the window is
     longer than the widest block.
     """
-    n_of, mean_of = cuda.shared.array(WIDEST, int64), cuda.shared.array(WIDEST, float64)
+    # One on a line: the simulator tells shared arrays apart by their lines.
+    n_of = cuda.shared.array(WIDEST, int64)
+    mean_of = cuda.shared.array(WIDEST, float64)
     m2_of = cuda.shared.array(WIDEST, float64)
     start, j, t = cuda.blockIdx.x * window, cuda.blockIdx.y, cuda.threadIdx.x
     each = (window + cuda.blockDim.x - 1) // cuda.blockDim.x
@@ -304,7 +306,7 @@ def _bucket_flow(edges, sign, price, qty, label, out):
 @cuda.jit
 def _markouts(ts, edges, sign, row, label, book_ts, mid2, last_ts, max_staleness, horizons, count, total):
     """A block per (stretch of rows, horizon): mark-outs of each label; count and total (stretches, k, h)."""
-    counts, shared = cuda.shared.array(TEAM, float64), cuda.shared.array(TEAM, float64)
+    shared = cuda.shared.array(TEAM, float64)
     stretch, h = cuda.blockIdx.x, cuda.blockIdx.y
     for c in range(count.shape[1]):
         n, moved = 0.0, 0.0
@@ -315,7 +317,7 @@ def _markouts(ts, edges, sign, row, label, book_ts, mid2, last_ts, max_staleness
                 if j >= 0 and at - book_ts[j] <= max_staleness:
                     n += 1.0
                     moved += scalar.move_bps(sign[i], mid2[row[i]], mid2[j])
-        n, moved = _added(n, counts), _added(moved, shared)
+        n, moved = _added(n, shared), _added(moved, shared)
         if cuda.threadIdx.x == 0:
             count[stretch, c, h], total[stretch, c, h] = int64(n), moved
 
@@ -402,6 +404,8 @@ def _distances(z, low, high, centroids, label):
 def lloyd_partial(z, low, high, centroids, sums, counts):
     """`kernels.lloyd_partial`, sums made in pieces."""
     k, n = len(centroids), z.shape[1]
+    if n == 0:
+        return 0.0
     label = cupy.empty(n, np.int8)
     best = _distances(z, low, high, centroids, label)
     counts += cupy.asnumpy(cupy.bincount(label.astype(np.int64) + 1, minlength=k + 1))[1:]
