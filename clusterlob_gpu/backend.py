@@ -71,6 +71,10 @@ class Backend(Protocol):
         """Take less memory from now on; False where nothing is left to give up."""
         ...
 
+    def kmeans(self, z: Any, centroids: np.ndarray, most_passes: int) -> tuple[np.ndarray, int]:
+        """Centres (k, 6) that the machine's library finds for z (6, n) from given ones, and its passes."""
+        ...
+
 
 @dataclass
 class _Cpu:
@@ -105,6 +109,16 @@ class _Cpu:
 
     def make_room(self) -> bool:
         return False
+
+    def kmeans(self, z: np.ndarray, centroids: np.ndarray, most_passes: int) -> tuple[np.ndarray, int]:
+        from sklearn.cluster import KMeans
+        from threadpoolctl import threadpool_limits
+
+        # One thread: the order of float sums, hence the last digit, must not depend on the machine.
+        with threadpool_limits(limits=1):
+            model = KMeans(len(centroids), init=centroids, n_init=1, max_iter=most_passes, tol=1e-9)
+            model.fit(z.T.astype(np.float64))
+        return model.cluster_centers_, int(model.n_iter_)
 
 
 CPU: Backend = _Cpu()
@@ -160,6 +174,15 @@ class _Gpu:
         log.warning("device memory is short: days are taken in pieces of %d trades", self.rows_at_once)
         return True
 
+    def kmeans(self, z: Any, centroids: np.ndarray, most_passes: int) -> tuple[np.ndarray, int]:
+        """cuML's; its sums of floats have no fixed order, so that the last digits vary."""
+        rows = self.xp.ascontiguousarray(z.T)
+        start = self.xp.asarray(centroids.astype(np.float32))
+        kind = import_module("cuml.cluster").KMeans
+        model = kind(n_clusters=len(centroids), init=start, n_init=1, max_iter=most_passes, tol=1e-6)
+        model.fit(rows)
+        return self.to_host(self.xp.asarray(model.cluster_centers_)).astype(np.float64), int(model.n_iter_)
+
 
 @cache
 def of(name: Name) -> Backend:
@@ -180,7 +203,7 @@ def _gpu() -> Backend:
 
 
 def choose(asked: str) -> Name:
-    """Backend of a run: `auto` is gpu where RAPIDS and a device are found.  Raises InputError for a gpu that is not."""
+    """Backend of a run; `auto` is gpu where RAPIDS and a device answer.  Raises InputError where gpu does not."""
     if asked == "cpu":
         return "cpu"
     missing = _why_no_gpu()

@@ -8,46 +8,62 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any, Protocol, Self
 
 import numpy as np
 import pandas as pd
 
-from clusterlob_gpu import kernels
+from clusterlob_gpu.backend import CPU, Backend
 from clusterlob_gpu.schema import ALL_CLUSTERS, US_PER_DAY
 
 
 @dataclass(frozen=True)
 class DayFlow:
-    """Integer sums of one day, (n_buckets, k) in the order of the model's clusters.
-
-    size = sum of s qty; trades and count = number of trades and sum of s; the notional
-    sum of s price qty is notional_high 2^32 + notional_low.
-    """
+    """Integer sums of one day, (n_buckets, k) int64 in the order of the model's clusters."""
 
     size: np.ndarray
-    trades: np.ndarray
-    count: np.ndarray
+    """Sum of s qty."""
+    counts: np.ndarray
+    """(n_buckets, k, 2): number of trades, sum of s."""
     notional_high: np.ndarray
+    """The sum of s price qty is notional_high 2^32 + notional_low."""
     notional_low: np.ndarray
 
+    @classmethod
+    def none(cls, width: int, k: int) -> Self:
+        """Of no trades yet."""
+        shape = (US_PER_DAY // width, k)
+        size, high, low = (np.zeros(shape, np.int64) for _ in range(3))
+        return cls(size, np.zeros((*shape, 2), np.int64), high, low)
 
-def day_flow(
-    ts: np.ndarray,
-    sign: np.ndarray,
-    price: np.ndarray,
-    qty: np.ndarray,
-    label: np.ndarray,
-    *,
-    start: int,
-    width: int,
-    k: int,
-) -> DayFlow:
-    """Sum a day's labelled trades into its buckets; `start` is the day's first microsecond."""
-    n_buckets = US_PER_DAY // width
-    size, high, low = (np.zeros((n_buckets, k), np.int64) for _ in range(3))
-    count = np.zeros((n_buckets, k, 2), np.int64)
-    kernels.bucket_flow(ts, sign, price, qty, label, start, width, size, count, high, low)
-    return DayFlow(size, count[..., 0], count[..., 1], high, low)
+    def add(self, trades: TradesLike, label: Any, *, start: int, width: int, on: Backend = CPU) -> None:
+        """Add labelled trades of the day whose first microsecond is `start`, in order of time."""
+        on.kernels.bucket_flow(
+            trades.ts,
+            trades.sign,
+            trades.price,
+            trades.qty,
+            label,
+            start,
+            width,
+            self.size,
+            self.counts,
+            self.notional_high,
+            self.notional_low,
+        )
+
+
+class TradesLike(Protocol):
+    """Trades with their signs, as `features.MetTrades`; arrays of the backend."""
+
+    @property
+    def ts(self) -> Any: ...
+    @property
+    def sign(self) -> Any: ...
+    @property
+    def price(self) -> Any: ...
+    @property
+    def qty(self) -> Any: ...
 
 
 def flow_table(
@@ -62,9 +78,9 @@ def flow_table(
     n_buckets, k = flow.size.shape
     notional = flow.notional_high.astype(object) * 2**32 + flow.notional_low.astype(object)
     columns = {
-        "n_trades": flow.trades.astype(object),
+        "n_trades": flow.counts[..., 0].astype(object),
         "ofi_size": flow.size.astype(object),
-        "ofi_count": flow.count.astype(object),
+        "ofi_count": flow.counts[..., 1].astype(object),
         "ofi_notional": notional,
     }
     table = pd.DataFrame(

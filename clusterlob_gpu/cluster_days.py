@@ -6,35 +6,44 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clusterlob_gpu import bars, clustering, context, features, kernels, returns, schema
+from clusterlob_gpu import backend, bars, clustering, context, features, kernels, returns, schema
+from clusterlob_gpu.bars import DayFlow
 from clusterlob_gpu.clustering import Bounds, Fit, Model, Partial
 from clusterlob_gpu.config import ClusterConfig, config_hash
 from clusterlob_gpu.days import (
     BookDay,
     ClusterDay,
     FeatureDay,
+    FeatureTask,
     State,
     book_rows,
     day_context,
+    day_pieces,
+    day_scores,
     feature_artefact,
-    scored_day,
+    meet_day,
+    with_room,
 )
 from clusterlob_gpu.errors import ClusterlobError, InputError
-from clusterlob_gpu.files import Location
+from clusterlob_gpu.features import Piece
 from clusterlob_gpu.lake import symbols
 from clusterlob_gpu.lake.layout import day_start_us
+from clusterlob_gpu.returns import Markouts, Mids
 from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES, Context
 from clusterlob_gpu.store import Artefact, Made, Store, load_column, read_frame, save_columns, source_hash
 
-FIT_CODE = source_hash(__file__, [kernels, clustering, Path(__file__).parent / "pipeline" / "fits.py"])
-LABEL_CODE = source_hash(__file__, [kernels, bars, clustering, context, features, returns, schema])
+_HERE = Path(__file__).parent
+_KERNELS: list[ModuleType | Path] = [kernels, _HERE / "device_kernels.py", backend]
+FIT_CODE = source_hash(__file__, [*_KERNELS, clustering, _HERE / "pipeline" / "fits.py"])
+LABEL_CODE = source_hash(__file__, [*_KERNELS, bars, clustering, context, features, returns, schema])
 
 # ---- training -------------------------------------------------------------------------------------------
 
@@ -43,9 +52,16 @@ LABEL_CODE = source_hash(__file__, [kernels, bars, clustering, context, features
 class TrainDay:
     """A training day: its features, up to the time (us) at which the purge begins."""
 
-    store: Location
+    task: FeatureTask
     features: FeatureDay
     until: int
+    cut: int | None = None
+    """Met trades before `until`; None for all of the day."""
+
+    @property
+    def job(self) -> ClusterDay:
+        """What its tasks need to know."""
+        return self.task[0]
 
     @property
     def key(self) -> tuple[str, int]:
@@ -57,19 +73,19 @@ class TrainDay:
         """Whether every row of the day may be trained on."""
         return self.until >= day_start_us(self.features.day) + US_PER_DAY
 
-    def z(self) -> np.ndarray:
-        """z-scores (6, n) float32 of the rows that may be trained on."""
-        folder = Store(self.store).folder(self.features.made.address)
-        z = load_column(folder, "z")
-        if self.whole:
-            return z
-        rows = int(np.searchsorted(load_column(folder, "ts"), self.until))
-        return np.ascontiguousarray(z[:, :rows])
+    def z(self) -> Any:
+        """z-scores (6, n) float32 of the rows that may be trained on; NaN where a trade has none."""
+        z = day_scores(self.task, self.features.made)
+        return z if self.cut is None else z[:, : self.cut]
 
 
-def train_rows(train: TrainDay) -> int:
-    """Rows of a training day."""
-    return train.z().shape[1]
+def train_rows(train: TrainDay) -> tuple[int, int]:
+    """Met trades of a day before its purge begins, and how many of them have z-scores."""
+    job, book, state = train.task
+    met, _ = meet_day(job, day_context(job, book, state.book))
+    cut = int(job.on.xp.count_nonzero(met.ts < train.until))
+    z = day_scores(train.task, train.features.made)[0, :cut]
+    return cut, int(job.on.xp.count_nonzero(~job.on.xp.isnan(z)))
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,11 @@ class SampleJob:
     symbol: str
     total: int
     seed: int
+
+    @property
+    def job(self) -> ClusterDay:
+        """What its tasks need to know."""
+        return self.train.job
 
 
 @dataclass(frozen=True)
@@ -103,13 +124,17 @@ def sample_artefact(task: SampleJob) -> Artefact:
 
 def sample_day(task: SampleJob) -> Sample:
     """Sample a day's rows (6, m)."""
+    job = task.job
 
     def fill(folder: Path) -> dict[str, Any]:
-        z, number = task.train.z(), (task.train.features.day - date(1970, 1, 1)).days
-        save_columns(folder, z=z[:, clustering.sample_rows(z.shape[1], task.total, task.seed, number)])
+        z, number = task.train.z(), (job.day - date(1970, 1, 1)).days
+        known = job.on.xp.flatnonzero(~job.on.xp.isnan(z[0]))
+        rows = clustering.sample_rows(len(known), task.total, task.seed, number)
+        save_columns(folder, z=job.on.to_host(z[:, known[job.on.xp.asarray(rows)]]))
         return {}
 
-    return Sample(Store(task.train.store).make(sample_artefact(task), fill).brief())
+    made = with_room(job.on, lambda: Store(job.store).make(sample_artefact(task), fill))
+    return Sample(made.brief())
 
 
 @dataclass(frozen=True)
@@ -125,7 +150,7 @@ class FitJob:
         """Name of the fit: of the features it sees and of its settings."""
         days = [day.features.day.isoformat() for day in self.train]
         cuts = [None if day.whole else day.until for day in self.train]
-        inputs = {
+        inputs = self.train[0].job.machine | {
             "code": FIT_CODE,
             "features": [day.features.made.address for day in self.train],
             "until": cuts,
@@ -165,7 +190,7 @@ def load_fit(store: Store, made: Made) -> Fitted:
 def start_fit(task: tuple[FitJob, Bounds, tuple[Sample, ...]]) -> np.ndarray | InputError:
     """Starting centres (k, 6) from the days' samples, clipped, or why there are none."""
     fit, bounds, samples = task
-    store = Store(fit.train[0].store)
+    store = Store(fit.train[0].job.store)
     rows = [load_column(store.folder(sample.made.address), "z") for sample in samples]
     config, sample = fit.config, bounds.clip(np.concatenate(rows, axis=1))
     try:
@@ -175,10 +200,11 @@ def start_fit(task: tuple[FitJob, Bounds, tuple[Sample, ...]]) -> np.ndarray | I
 
 
 def fit_merged(task: tuple[FitJob, Bounds, np.ndarray]) -> Fit:
-    """scikit-learn's fit from given centres, on all training rows in the memory of one worker."""
+    """The library's fit from given centres, on all training rows in the memory of one worker."""
     fit, bounds, centres = task
-    rows = np.concatenate([train.z() for train in fit.train], axis=1)
-    return clustering.fit_sklearn(bounds.clip(rows), centres)
+    on = fit.train[0].job.on
+    rows = on.xp.concatenate([clustering.known_rows(train.z(), on) for train in fit.train], axis=1)
+    return clustering.fit_merged(bounds.clip(rows, on), centres, on)
 
 
 Share = tuple[TrainDay, Bounds, np.ndarray]
@@ -187,22 +213,24 @@ Share = tuple[TrainDay, Bounds, np.ndarray]
 
 def lloyd_day(shares: Sequence[Share]) -> list[Partial]:
     """One Lloyd pass over a day for every fit that trains on it."""
-    held: dict[int, np.ndarray] = {}
-    for train, _, _ in shares:
-        if train.until not in held:
-            held[train.until] = train.z()
-    return [clustering.partial(held[train.until], bounds, centres) for train, bounds, centres in shares]
+
+    def passes() -> list[Partial]:
+        on = shares[0][0].job.on
+        held = {train.cut: train.z() for train, _, _ in shares}
+        return [clustering.partial(held[train.cut], bounds, centres, on) for train, bounds, centres in shares]
+
+    return with_room(shares[0][0].job.on, passes)
 
 
 def high_counts_day(train: TrainDay) -> np.ndarray:
     """Counts of the upper halves of a training day's z-scores."""
-    return clustering.high_counts(train.z())
+    return clustering.high_counts(train.z(), train.job.on)
 
 
 def low_counts_day(task: tuple[TrainDay, np.ndarray]) -> np.ndarray:
     """Counts of the lower halves inside the bins asked for."""
     train, bins = task
-    return clustering.low_counts(train.z(), bins)
+    return clustering.low_counts(train.z(), bins, train.job.on)
 
 
 # ---- labelling ------------------------------------------------------------------------------------------
@@ -223,6 +251,11 @@ class LabelJob:
     asked: tuple[Labelling, ...]
     trades_file: Path | None
     """Where the trades labelled by the first model are written, if anywhere."""
+
+    @property
+    def feature_task(self) -> FeatureTask:
+        """The task that makes the day's features."""
+        return self.job, self.book, self.state
 
 
 @dataclass(frozen=True)
@@ -261,7 +294,7 @@ def label_artefacts(task: LabelJob) -> list[Artefact]:
         "next_book": task.next_book.made.address if task.next_book else None,
         "carry": asdict(carry) if carry else None,
         "config": task.job.config.model_dump(include={"same_side", "max_staleness"}),
-    }
+    } | task.job.machine
     return [
         task.job.artefact("label", **shared, model=model_hash(model), bucket=width)
         for model, width in task.asked
@@ -274,113 +307,135 @@ def model_hash(model: Model) -> str:
     return config_hash({"centroids": model.centroids.tolist(), "numbers": model.numbers, "bounds": bounds})
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """A day's trades with features, as the store has them, and the book they met."""
-
-    ts: np.ndarray
-    sign: np.ndarray
-    price: np.ndarray
-    qty: np.ndarray
-    row: np.ndarray
-    z: np.ndarray
-    raw: np.ndarray
-    around: Context
-
-
 def label_day(task: LabelJob) -> list[LabelledDay]:
     """Label a day's trades with every model and sum them up; writes the trades themselves if asked to."""
     store, artefacts = Store(task.job.store), label_artefacts(task)
-    held: list[_Kept] = []
+    missing = [n for n, artefact in enumerate(artefacts) if store.find(artefact, verify=True) is None]
 
-    def trades() -> _Kept:
-        if not held:
-            held.append(_kept(task))
-        return held[0]
+    def work() -> list[LabelledDay]:
+        asked = [task.asked[n] for n in missing]
+        sums = dict(zip(missing, _sums(task, asked), strict=True)) if missing else {}
+        made = []
+        for number, (artefact, (model, width)) in enumerate(zip(artefacts, task.asked, strict=True)):
 
-    made = []
-    for artefact, (model, width) in zip(artefacts, task.asked, strict=True):
+            def fill(folder: Path, n: int = number, asked: Labelling = (model, width)) -> dict[str, Any]:
+                held = sums[n] if n in sums else _sums(task, [asked])[0]
+                return held.write(folder, task, *asked)
 
-        def fill(folder: Path, model: Model = model, width: int = width) -> dict[str, Any]:
-            return _fill_labelled(folder, task, trades(), model, width)
+            made.append(LabelledDay.of(task.job.day, store.make(artefact, fill)))
+        return made
 
-        made.append(LabelledDay.of(task.job.day, store.make(artefact, fill)))
+    labelled = with_room(task.job.on, work)
     if task.trades_file is not None:
-        kept = trades()
-        _write_trades(task, task.asked[0][0].label(kept.z), kept.raw)
-    return made
+        _write_trades(task)
+    return labelled
 
 
-def _kept(task: LabelJob) -> _Kept:
-    folder = Store(task.job.store).folder(task.features.made.address)
-    names = ("ts", "sign", "price", "qty", "row", "z")
-    ts, sign, price, qty, row, z = (load_column(folder, name) for name in names)
-    around = day_context(task.job, task.book, task.state.book)
-    raw = features.raw_features(ts, sign, qty, row, around, task.job.config.same_side == "own")
-    return _Kept(ts, sign, price, qty, row, z, raw, around)
+@dataclass(frozen=True)
+class _Sums:
+    """What the labelled trades of a day add up to under one model."""
+
+    z: np.ndarray
+    raw: np.ndarray
+    flow: DayFlow
+    markouts: Markouts
+
+    @classmethod
+    def none(cls, model: Model, width: int) -> Self:
+        """Of no trades yet."""
+        k = len(model.numbers)
+        z, raw = np.zeros((2, k, len(FEATURES)))
+        return cls(z, raw, DayFlow.none(width, k), Markouts.none(width, k))
+
+    def write(self, folder: Path, task: LabelJob, model: Model, width: int) -> dict[str, Any]:
+        """Write the tables of the day, and give the rest as a record."""
+        symbol, start = task.job.lake.symbol, day_start_us(task.job.day)
+        units = {"price_unit": symbol.price_unit, "qty_unit": symbol.qty_unit}
+        flow = bars.flow_table(self.flow, start=start, width=width, numbers=model.numbers, **units)
+        flow.to_parquet(folder / "flow.parquet", index=False)
+        table = self.markouts.table(start=start, width=width, numbers=model.numbers)
+        table.to_parquet(folder / "markouts.parquet", index=False)
+        counts = self.flow.counts[..., 0].sum(axis=0)
+        return {"counts": counts.tolist(), "z_sums": self.z.tolist(), "raw_sums": self.raw.tolist()}
 
 
-def _fill_labelled(folder: Path, task: LabelJob, trades: _Kept, model: Model, width: int) -> dict[str, Any]:
-    symbol, start = task.job.lake.symbol, day_start_us(task.job.day)
-    label, k = model.label(trades.z), len(model.numbers)
-    z_sums, raw_sums = np.zeros((k, len(FEATURES))), np.zeros((k, len(FEATURES)))
-    kernels.cluster_sums(trades.z, label, z_sums)
-    kernels.cluster_sums(trades.raw, label, raw_sums)
-    flow = bars.day_flow(
-        trades.ts, trades.sign, trades.price, trades.qty, label, start=start, width=width, k=k
-    )
-    units = {"price_unit": symbol.price_unit, "qty_unit": symbol.qty_unit}
-    table = bars.flow_table(flow, start=start, width=width, numbers=model.numbers, **units)
-    table.to_parquet(folder / "flow.parquet", index=False)
-    _markouts(task, trades, model, width, label).to_parquet(folder / "markouts.parquet", index=False)
-    counts = np.bincount(label, minlength=k)
-    return {"counts": counts.tolist(), "z_sums": z_sums.tolist(), "raw_sums": raw_sums.tolist()}
+def _sums(task: LabelJob, asked: Sequence[Labelling]) -> list[_Sums]:
+    """Label a day's trades piece by piece with every model asked for, and sum them up."""
+    job, on = task.job, task.job.on
+    around = day_context(job, task.book, task.state.book)
+    met, _ = meet_day(job, around)
+    z, mids = day_scores(task.feature_task, task.features.made), _mids(task, around)
+    sums = [_Sums.none(model, width) for model, width in asked]
+    for piece in day_pieces(task.feature_task, met, around):
+        scores = z[:, piece.rows]
+        for (model, width), held in zip(asked, sums, strict=True):
+            label, when = model.label(scores, on), {"start": day_start_us(job.day), "width": width}
+            on.kernels.cluster_sums(scores, label, held.z)
+            on.kernels.cluster_sums(piece.raw, label, held.raw)
+            held.flow.add(piece.met, label, **when, on=on)
+            staleness = job.config.max_staleness
+            held.markouts.add(piece.met, label, mids, max_staleness=staleness, **when, on=on)
+    return sums
 
 
-def _markouts(task: LabelJob, trades: _Kept, model: Model, width: int, label: np.ndarray) -> pd.DataFrame:
-    """Mark-outs of a day, with the first minutes of the next day's book where the lake has it."""
-    job = task.job
+def _mids(task: LabelJob, around: Context) -> Mids:
+    """Mids of a day, with the first minutes of the next day's book where the lake has it."""
+    job, on = task.job, task.job.on
     stop = day_start_us(job.day) + US_PER_DAY
-    book_ts, mid2 = trades.around.ts, trades.around.mid2
-    if task.next_book is not None:
-        soon = book_rows(job, task.next_book, until=stop + max(returns.MARKOUTS_US))
-        book_ts = np.concatenate([book_ts, soon["ts"].to_numpy(np.int64)])
-        mid2 = np.concatenate([mid2, (soon["bid"] + soon["ask"]).to_numpy(np.int64)])
-        stop += US_PER_DAY
-    return returns.day_markouts(
-        trades.ts,
-        trades.sign,
-        trades.row,
-        label,
-        book_ts,
-        mid2,
-        covered_until=stop,
-        max_staleness=job.config.max_staleness,
-        start=day_start_us(job.day),
-        width=width,
-        numbers=model.numbers,
-    )
+    if task.next_book is None:
+        return Mids(around.ts, around.mid2, stop)
+    soon = book_rows(job, task.next_book, until=stop + max(returns.MARKOUTS_US))
+    ts, bid, ask = (on.array(soon[name]) for name in ("ts", "bid", "ask"))
+    book_ts, mid2 = on.xp.concatenate([around.ts, ts]), on.xp.concatenate([around.mid2, bid + ask])
+    return Mids(book_ts, mid2, stop + US_PER_DAY)
 
 
-def _write_trades(task: LabelJob, label: np.ndarray, raw: np.ndarray) -> None:
+def _write_trades(task: LabelJob) -> None:
     """Write the kept trades of a day, z-scores in float64, computed anew from the lake."""
     assert task.trades_file is not None
     symbol = task.job.lake.symbol
-    if feature_artefact((task.job, task.book, task.state)).address != task.features.made.address:
+    if feature_artefact(task.feature_task).address != task.features.made.address:
         raise ClusterlobError(
             f"{symbol.name} {task.job.day}: trades were changed in the lake since they were labelled; "
             "give the same command again"
         )
-    met, z, _ = scored_day(task.job, task.book, task.state, np.float64)
-    columns: dict[str, np.ndarray] = {
-        "ts_local_us": met.ts,
-        "sign": met.sign,
-        "price": symbols.decode(met.price, symbol.price_unit),
-        "qty": symbols.decode(met.qty, symbol.qty_unit),
-    }
-    columns |= dict(zip(FEATURES, raw, strict=True)) | dict(zip(Z_FEATURES, z, strict=True))
-    columns["cluster"] = np.array(task.asked[0][0].numbers, np.int8)[label]
     task.trades_file.parent.mkdir(parents=True, exist_ok=True)
     temporary = task.trades_file.with_name(f".{task.trades_file.name}.tmp")
-    pq.write_table(pa.table(columns), temporary, compression="zstd")
+    with_room(task.job.on, lambda: _write_pieces(task, temporary))
     temporary.replace(task.trades_file)
+
+
+def _write_pieces(task: LabelJob, path: Path) -> None:
+    """Write the trades piece by piece, so that they need not be in memory together."""
+    job, on, (model, _) = task.job, task.job.on, task.asked[0]
+    around = day_context(job, task.book, task.state.book)
+    met, _ = meet_day(job, around)
+    stored = day_scores(task.feature_task, task.features.made)
+    with pq.ParquetWriter(path, _TRADE_FEATURES, compression="zstd") as writer:
+        for piece in day_pieces(task.feature_task, met, around):
+            z = on.xp.empty(piece.raw.shape)
+            features.z_scores(piece, job.config.window, z, on)
+            # Labels are those of the scores as they were stored.
+            label = on.to_host(model.label(stored[:, piece.rows], on))
+            known = label != kernels.NO_CLUSTER
+            writer.write_table(_trade_table(task, piece, on.to_host(z), label).filter(pa.array(known)))
+
+
+_TRADE_FEATURES = pa.schema(
+    [("ts_local_us", pa.int64()), ("sign", pa.int8()), ("price", pa.float64()), ("qty", pa.float64())]
+    + [(name, pa.float64()) for name in (*FEATURES, *Z_FEATURES)]
+    + [("cluster", pa.int8())]
+)
+
+
+def _trade_table(task: LabelJob, piece: Piece, z: np.ndarray, label: np.ndarray) -> pa.Table:
+    symbol, to_host = task.job.lake.symbol, task.job.on.to_host
+    columns: dict[str, np.ndarray] = {
+        "ts_local_us": to_host(piece.met.ts),
+        "sign": to_host(piece.met.sign),
+        "price": symbols.decode(to_host(piece.met.price), symbol.price_unit),
+        "qty": symbols.decode(to_host(piece.met.qty), symbol.qty_unit),
+    }
+    columns |= dict(zip(FEATURES, to_host(piece.raw), strict=True)) | dict(zip(Z_FEATURES, z, strict=True))
+    columns["cluster"] = np.array(task.asked[0][0].numbers, np.int8)[label]
+    return pa.table(columns, schema=_TRADE_FEATURES)

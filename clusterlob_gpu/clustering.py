@@ -20,7 +20,7 @@ import pandas as pd
 from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
 
-from clusterlob_gpu import kernels
+from clusterlob_gpu.backend import CPU, Backend
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.schema import FEATURES, Z_FEATURES
 
@@ -47,10 +47,10 @@ class Bounds:
         """Bounds that clip nothing."""
         return cls(np.full(len(Z_FEATURES), -np.inf), np.full(len(Z_FEATURES), np.inf))
 
-    def clip(self, z: np.ndarray) -> np.ndarray:
+    def clip(self, z: Any, on: Backend = CPU) -> Any:
         """z (6, n) with every column clipped."""
-        out = np.empty_like(z)
-        kernels.clip_columns(z, self.low.astype(z.dtype), self.high.astype(z.dtype), out)
+        out = on.xp.empty_like(z)
+        on.kernels.clip_columns(z, self.low, self.high, out)
         return out
 
 
@@ -125,11 +125,11 @@ def plus_plus(sample: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarra
     return rows[:, chosen].T
 
 
-def partial(z: np.ndarray, bounds: Bounds, centroids: np.ndarray) -> Partial:
-    """One Lloyd pass over one day."""
+def partial(z: Any, bounds: Bounds, centroids: np.ndarray, on: Backend = CPU) -> Partial:
+    """One Lloyd pass over one day; rows with a NaN count nowhere."""
     sums = np.zeros_like(centroids)
     counts = np.zeros(len(centroids), np.int64)
-    inertia = kernels.lloyd_partial(z, bounds.low, bounds.high, centroids, sums, counts)
+    inertia = on.kernels.lloyd_partial(z, bounds.low, bounds.high, centroids, sums, counts)
     return Partial(sums, counts, inertia)
 
 
@@ -171,18 +171,20 @@ def _moved(centroids: np.ndarray, parts: Sequence[Partial], passes: int) -> tupl
     return Fit(moved, counts, inertia, passes, False), float(((moved - centroids) ** 2).sum())
 
 
-def fit_sklearn(z: np.ndarray, centroids: np.ndarray) -> Fit:
-    """The same fit by scikit-learn on the merged, clipped rows z (6, n), which must fit in memory."""
-    from sklearn.cluster import KMeans
-    from threadpoolctl import threadpool_limits
+def known_rows(z: Any, on: Backend = CPU) -> Any:
+    """z (6, n) without the rows that are NaN."""
+    known = ~on.xp.isnan(z[0])
+    return z if bool(known.all()) else z[:, known]
 
-    # One thread: the order of float sums, hence the last digit, must not depend on the machine.
-    with threadpool_limits(limits=1):
-        model = KMeans(len(centroids), init=centroids, n_init=1, max_iter=MAX_PASSES, tol=1e-9)
-        labels = model.fit_predict(z.T.astype(np.float64))
-    counts = np.bincount(labels, minlength=len(centroids))
-    centres = model.cluster_centers_
-    return Fit(centres, counts, float(model.inertia_), int(model.n_iter_), bool(model.n_iter_ < MAX_PASSES))
+
+def fit_merged(z: Any, centroids: np.ndarray, on: Backend = CPU) -> Fit:
+    """The same fit by the backend's library, on merged, clipped rows z (6, n) without NaN.
+
+    Counts and inertia are those of one more pass from the centres that it gives.
+    """
+    centres, passes = on.kmeans(z, centroids, MAX_PASSES)
+    last = partial(z, Bounds.none(), centres, on)
+    return Fit(centres, last.counts, last.inertia, passes, passes < MAX_PASSES)
 
 
 def scores(centroids: np.ndarray) -> np.ndarray:
@@ -241,20 +243,20 @@ def names_other_side(centroids: np.ndarray, margin: float) -> list[str]:
     return names(swapped, roles(swapped).tolist(), margin)
 
 
-def high_counts(z: np.ndarray) -> np.ndarray:
-    """Histogram (6, 65536) of the upper 16 bits of a day's z, in the order of the floats."""
+def high_counts(z: Any, on: Backend = CPU) -> np.ndarray:
+    """Histogram (6, 65536) of the upper 16 bits of a day's z, in the order of the floats; NaN left out."""
     counts = np.zeros((len(z), 1 << 16), np.int64)
-    for column, into in zip(z, counts, strict=True):
-        kernels.count_high_bits(column.view(np.uint32), into)
+    for j, into in enumerate(counts):
+        on.kernels.count_high_bits(z[j].view(np.uint32), into)
     return counts
 
 
-def low_counts(z: np.ndarray, bins: np.ndarray) -> np.ndarray:
+def low_counts(z: Any, bins: np.ndarray, on: Backend = CPU) -> np.ndarray:
     """Histograms (6, m, 65536) of the lower 16 bits of the values in the bins (6, m)."""
     counts = np.zeros((*bins.shape, 1 << 16), np.int64)
-    for column, wanted, into in zip(z, bins, counts, strict=True):
+    for j, (wanted, into) in enumerate(zip(bins, counts, strict=True)):
         for bin_, row in zip(wanted, into, strict=True):
-            kernels.count_low_bits(column.view(np.uint32), bin_, row)
+            on.kernels.count_low_bits(z[j].view(np.uint32), bin_, row)
     return counts
 
 
@@ -330,10 +332,13 @@ class Model:
     margin: float = 0.0
     fit: dict[str, Any] = field(default_factory=dict)
 
-    def label(self, z: np.ndarray) -> np.ndarray:
-        """Position in `numbers` of every row of z (6, n): the nearest centroid, the first at ties."""
-        label = np.empty(z.shape[1], np.int64)
-        kernels.nearest_centroid(self.bounds.clip(z), self.centroids, label)
+    def label(self, z: Any, on: Backend = CPU) -> Any:
+        """Position in `numbers` of every row of z (6, n): the nearest centroid, the first at ties.
+
+        int8, NO_CLUSTER for a row with a NaN.
+        """
+        label = on.xp.empty(z.shape[1], np.int8)
+        on.kernels.nearest_centroid(z, self.bounds.low, self.bounds.high, self.centroids, label)
         return label
 
     def as_json(self) -> dict[str, Any]:

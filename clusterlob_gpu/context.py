@@ -14,9 +14,9 @@ from fractions import Fraction
 from typing import Any, Self
 
 import numpy as np
-import pandas as pd
 
 from clusterlob_gpu import kernels
+from clusterlob_gpu.backend import CPU, Backend
 from clusterlob_gpu.kernels import NO_TIME
 from clusterlob_gpu.lake.symbols import decode
 from clusterlob_gpu.schema import BookRows, Context
@@ -27,21 +27,22 @@ FAULTS = {kernels.EMPTY_SIDE: "empty_side", kernels.NON_POSITIVE: "non_positive"
 ROW_COLUMNS = ("ts", "bid", "ask", "bid_sz", "ask_sz", "bid_depth", "ask_depth", "tick")
 
 
-def valid_rows(rows: BookRows) -> tuple[pd.DataFrame, dict[str, int]]:
+def valid_rows(rows: BookRows, on: Backend = CPU) -> tuple[Any, dict[str, int]]:
     """Valid book rows as flat columns, and how many were skipped by reason.
 
     A row is skipped if a side is empty, if a price or size at level 1 is not positive, or if
-    bid >= ask.  Gives the columns `ROW_COLUMNS` (int64, tick float64) in the order of the input.
+    bid >= ask.  Gives a table of the backend with the columns `ROW_COLUMNS` (int64, tick float64) in the
+    order of the input.
     """
-    fault = np.empty(len(rows.ts), np.uint8)
-    kernels.book_fault(rows.bid, rows.ask, rows.bid_sz, rows.ask_sz, fault)
-    counts = np.bincount(fault, minlength=4)
+    fault = on.xp.empty(len(rows.ts), np.uint8)
+    on.kernels.book_fault(rows.bid, rows.ask, rows.bid_sz, rows.ask_sz, fault)
+    counts = on.to_host(on.xp.bincount(fault, minlength=4))
     skipped = {name: int(counts[code]) for code, name in FAULTS.items()}
     columns = {name: getattr(rows, name) for name in ROW_COLUMNS}
     if counts[0] < len(fault):
         keep = fault == 0
         columns = {name: values[keep] for name, values in columns.items()}
-    return pd.DataFrame(columns, copy=False), skipped
+    return on.tables.DataFrame(columns, copy=False), skipped
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,16 @@ class BookSummary:
         return cls(**record)
 
 
-def summarise(rows: pd.DataFrame) -> BookSummary:
+def summarise(rows: Any, on: Backend = CPU) -> BookSummary:
     """Summary of a day's valid rows."""
-    if rows.empty:
+    if len(rows) == 0:
         return BookSummary(None, None, NO_TIME, NO_TIME, NO_TIME)
-    mid, bid, ask = change_times(rows, None)
+    mid, bid, ask = change_times(rows, None, on)
     first, last = (_row(rows, at) for at in (0, -1))
     return BookSummary(first, last, int(mid[-1]), int(bid[-1]), int(ask[-1]))
 
 
-def _row(rows: pd.DataFrame, at: int) -> dict[str, Any]:
+def _row(rows: Any, at: int) -> dict[str, Any]:
     """One row as plain values, column by column: a row of a mixed frame would turn integers to floats."""
     values = {name: rows[name].iloc[at] for name in ROW_COLUMNS}
     return {name: float(value) if name == "tick" else int(value) for name, value in values.items()}
@@ -127,43 +128,45 @@ def _changes(day: BookSummary, mid_change: int, bid_change: int, ask_change: int
     return {name: own[name] if own[name] != NO_TIME else before[name] for name in before}
 
 
-def with_carry(rows: pd.DataFrame, carry: BookCarry | None) -> pd.DataFrame:
+def with_carry(rows: Any, carry: BookCarry | None, on: Backend = CPU) -> Any:
     """The day's valid rows, with the last row of the days before in front where there is one."""
     if carry is None:
         return rows
-    front = pd.DataFrame({name: [getattr(carry, name)] for name in ROW_COLUMNS})
-    return pd.concat([front, rows], ignore_index=True)
+    front = on.tables.DataFrame({name: [getattr(carry, name)] for name in ROW_COLUMNS})
+    return on.tables.concat([front, rows], ignore_index=True)
 
 
-def change_times(rows: pd.DataFrame, carry: BookCarry | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def change_times(rows: Any, carry: BookCarry | None, on: Backend = CPU) -> tuple[Any, Any, Any]:
     """Times (us) of the last change of mid, best bid and best ask at every row of `rows`.
 
     `rows` is the result of `with_carry`.  A change compares integers with the row before; the mid
     changes when bid + ask does.  NO_TIME before the first change.
     """
-    ts, bid, ask = (rows[name].to_numpy() for name in ("ts", "bid", "ask"))
+    ts, bid, ask = (on.array(rows[name]) for name in ("ts", "bid", "ask"))
     known = (carry.mid_change, carry.bid_change, carry.ask_change) if carry else (NO_TIME,) * 3
     changes = []
     for value, since in zip((bid + ask, bid, ask), known, strict=True):
-        out = np.empty(len(ts), np.int64)
-        kernels.last_changes(ts, value, since, out)
+        out = on.xp.empty(len(ts), np.int64)
+        on.kernels.last_changes(ts, value, since, out)
         changes.append(out)
     return changes[0], changes[1], changes[2]
 
 
-def make_context(rows: pd.DataFrame, carry: BookCarry | None, qty_unit: Fraction, spread: str) -> Context:
+def make_context(
+    rows: Any, carry: BookCarry | None, qty_unit: Fraction, spread: str, on: Backend = CPU
+) -> Context:
     """Context columns of a day from its valid rows and the state it starts from."""
-    rows = with_carry(rows, carry)
-    mid_change, bid_change, ask_change = change_times(rows, carry)
-    bid, ask = rows["bid"].to_numpy(), rows["ask"].to_numpy()
+    rows = with_carry(rows, carry, on)
+    mid_change, bid_change, ask_change = change_times(rows, carry, on)
+    bid, ask = on.array(rows["bid"]), on.array(rows["ask"])
     width = (ask - bid).astype(np.float64)
     return Context(
-        ts=rows["ts"].to_numpy(),
+        ts=on.array(rows["ts"]),
         mid2=bid + ask,
-        touch_qty=rows["bid_sz"].to_numpy() + rows["ask_sz"].to_numpy(),
-        log_bid=np.log1p(decode(rows["bid_depth"].to_numpy(), qty_unit)),
-        log_ask=np.log1p(decode(rows["ask_depth"].to_numpy(), qty_unit)),
-        spread=width / rows["tick"].to_numpy() if spread == "ticks" else 2e4 * width / (bid + ask),
+        touch_qty=on.array(rows["bid_sz"]) + on.array(rows["ask_sz"]),
+        log_bid=on.xp.log1p(decode(on.array(rows["bid_depth"]), qty_unit)),
+        log_ask=on.xp.log1p(decode(on.array(rows["ask_depth"]), qty_unit)),
+        spread=width / on.array(rows["tick"]) if spread == "ticks" else 2e4 * width / (bid + ask),
         mid_change=mid_change,
         bid_change=bid_change,
         ask_change=ask_change,

@@ -7,11 +7,12 @@ task makes is named before it is made (`book_artefact` and its like), so that a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any, Generic, Self
+from types import ModuleType
+from typing import Any, Generic, Self, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -19,20 +20,32 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clusterlob_gpu import context, features, kernels, returns, schema
+from clusterlob_gpu import backend, context, features, kernels, returns, schema
+from clusterlob_gpu.backend import Backend
 from clusterlob_gpu.config import ClusterConfig, Config, RunConfig
 from clusterlob_gpu.context import BookCarry, BookSummary
 from clusterlob_gpu.errors import ClusterlobError
-from clusterlob_gpu.features import MetTrades
+from clusterlob_gpu.features import MetTrades, Piece
 from clusterlob_gpu.files import Location
 from clusterlob_gpu.lake import layout, native, symbols
 from clusterlob_gpu.lake.native import SymbolLake
 from clusterlob_gpu.schema import FEATURES, Context
 from clusterlob_gpu.store import Artefact, Made, Store, array_hash, load_column, save_columns, source_hash
 
-CONTEXT_CODE = source_hash(__file__, [kernels, context, native, symbols, layout, schema])
-FEATURE_CODE = source_hash(__file__, [kernels, context, features, native, symbols, layout, schema])
-MID_CODE = source_hash(__file__, [kernels, context, returns, schema])
+_HERE = Path(__file__).parent
+_READING: list[ModuleType | Path] = [
+    backend,
+    native,
+    symbols,
+    layout,
+    schema,
+    _HERE / "lake/decode.py",
+    _HERE / "lake/device_decode.py",
+]
+_KERNELS: list[ModuleType | Path] = [kernels, _HERE / "device_kernels.py"]
+CONTEXT_CODE = source_hash(__file__, [*_KERNELS, context, *_READING])
+FEATURE_CODE = source_hash(__file__, [*_KERNELS, context, features, *_READING])
+MID_CODE = source_hash(__file__, [*_KERNELS, context, returns, schema])
 
 _BOOK_GROUP_ROWS = 65_536
 
@@ -53,6 +66,17 @@ class DayJob(Generic[Config]):
     store: Location
     config: Config
     day: date
+    backend: backend.Name = "cpu"
+
+    @property
+    def on(self) -> Backend:
+        """What computes, in this process."""
+        return backend.of(self.backend)
+
+    @property
+    def machine(self) -> dict[str, str]:
+        """What names artefacts whose floats or files differ between backends; nothing on the CPU."""
+        return {} if self.backend == "cpu" else {"backend": self.backend}
 
     def artefact(self, stage: str, **inputs: Any) -> Artefact:
         """The artefact of a stage that is made of these inputs."""
@@ -78,6 +102,17 @@ class DayJob(Generic[Config]):
 
 
 ClusterDay = DayJob[ClusterConfig]
+Answer = TypeVar("Answer")
+
+
+def with_room(on: Backend, work: Callable[[], Answer]) -> Answer:
+    """What `work` gives, with less and less memory as long as the backend finds that there is too little."""
+    while True:
+        try:
+            return work()
+        except MemoryError:
+            if not on.make_room():
+                raise
 
 
 @dataclass(frozen=True)
@@ -145,18 +180,20 @@ def reduce_book(job: DayJob[RunConfig]) -> BookDay:
 
     def fill(folder: Path) -> dict[str, Any]:
         book, depth = artefact.inputs["book"], artefact.inputs["depth"]
-        rows, skipped = context.valid_rows(job.lake.read_book(job.day, book, depth))
-        _write_rows(rows, folder / "rows.parquet")
+        rows, skipped = context.valid_rows(job.lake.read_book(job.day, book, depth, on=job.on), job.on)
+        _write_rows(rows, folder / "rows.parquet", job.on)
         job.require_unchanged(book, artefact)
-        return {"rows": len(rows), "skipped": skipped, "summary": context.summarise(rows).as_record()}
+        summary = context.summarise(rows, job.on).as_record()
+        return {"rows": len(rows), "skipped": skipped, "summary": summary}
 
-    return BookDay.of(job.day, Store(job.store).make(artefact, fill))
+    return BookDay.of(job.day, with_room(job.on, lambda: Store(job.store).make(artefact, fill)))
 
 
-def _write_rows(rows: pd.DataFrame, path: Path) -> None:
+def _write_rows(rows: Any, path: Path, on: Backend) -> None:
+    """Write book rows from the host: nothing of trades, and a tenth of what was read."""
     integers = [name for name in context.ROW_COLUMNS if name != "tick"]
     pq.write_table(
-        pa.Table.from_pandas(rows, preserve_index=False),
+        pa.table({name: on.to_host(on.array(rows[name])) for name in context.ROW_COLUMNS}),
         path,
         row_group_size=_BOOK_GROUP_ROWS,
         compression="zstd",
@@ -165,36 +202,39 @@ def _write_rows(rows: pd.DataFrame, path: Path) -> None:
     )
 
 
-def book_rows(job: DayJob[RunConfig], book: BookDay | None, until: int | None = None) -> pd.DataFrame:
-    """A day's valid book rows, those before `until` (us) if it is given; none for a day without a book."""
+def book_rows(job: DayJob[RunConfig], book: BookDay | None, until: int | None = None) -> Any:
+    """A day's valid book rows, those before `until` (us) if it is given; none for a day without a book.
+
+    A table of the job's backend with the columns `context.ROW_COLUMNS`.
+    """
+    on = job.on
     if book is None:
-        return pd.DataFrame({name: np.empty(0, np.int64) for name in context.ROW_COLUMNS})
+        return on.tables.DataFrame({name: on.xp.empty(0, np.int64) for name in context.ROW_COLUMNS})
     path = Store(job.store).folder(book.made.address) / "rows.parquet"
+    if until is None:
+        return on.decode.table(path, None)
     with pq.ParquetFile(path) as file:
-        if until is None:
-            return file.read(use_threads=False).to_pandas()
         first = [file.metadata.row_group(at).column(0).statistics.min for at in range(file.num_row_groups)]
-        groups = [at for at, ts in enumerate(first) if ts < until]
-        rows = file.read_row_groups(groups, use_threads=False).to_pandas()
+    rows = on.decode.table(path, [at for at, ts in enumerate(first) if ts < until])
     return rows[rows["ts"] < until]
 
 
 def day_context(job: ClusterDay, book: BookDay | None, carry: BookCarry | None) -> Context:
     """The book that a day's trades meet: its own rows and the state before them."""
     qty_unit = job.lake.symbol.qty_unit
-    return context.make_context(book_rows(job, book), carry, qty_unit, job.config.spread)
+    return context.make_context(book_rows(job, book), carry, qty_unit, job.config.spread, job.on)
 
 
-def _meet(job: ClusterDay, book: Context, last: int | None = None) -> tuple[MetTrades, int]:
+def meet_day(job: ClusterDay, book: Context, last: int | None = None) -> tuple[MetTrades, int]:
     """The day's trades (or the last ones) with the book they met, and how many were read."""
     config = job.config
-    trades = job.lake.read_trades(job.day, last)
+    trades = job.lake.read_trades(job.day, last, on=job.on)
     met = features.meet(
         trades,
         book,
         max_staleness=config.max_staleness,
         inclusive=config.asof == "inclusive",
-        own_side=config.same_side == "own",
+        on=job.on,
     )
     return met, len(trades.ts)
 
@@ -211,7 +251,7 @@ def tail_artefact(task: TailTask) -> Artefact | None:
 
 
 def _met_inputs(job: ClusterDay, book: BookDay | None, carry: BookCarry | None) -> dict[str, Any]:
-    return {
+    return job.machine | {
         "code": FEATURE_CODE,
         "files": job.lake.fingerprint("trades", job.day),
         "book": book.made.address if book else None,
@@ -232,15 +272,18 @@ def own_tail(task: TailTask) -> TailDay:
 
     def fill(folder: Path) -> dict[str, Any]:
         around, wanted = day_context(job, book, carry), job.config.window - 1
-        met, _ = _meet(job, around, max(_TAIL_ROWS, 2 * wanted))
-        if met.raw.shape[1] < wanted:
-            met, _ = _meet(job, around)
-        save_columns(folder, raw=features.last_columns(nothing, met.raw, job.config.window))
+        met, _ = meet_day(job, around, max(_TAIL_ROWS, 2 * wanted))
+        if len(met) < wanted:
+            met, _ = meet_day(job, around)
+        met = met.part(slice(max(0, len(met) - wanted), None))
+        raw = job.on.xp.empty((len(FEATURES), len(met)))
+        features.raw_features(met, around, raw, own_side=job.config.same_side == "own", on=job.on)
+        save_columns(folder, raw=job.on.to_host(raw))
         job.require_unchanged("trades", artefact)
         return {}
 
     store = Store(job.store)
-    made = store.make(artefact, fill)
+    made = with_room(job.on, lambda: store.make(artefact, fill))
     return TailDay(job.day, made.brief(), np.array(load_column(store.folder(made.address), "raw")))
 
 
@@ -259,36 +302,46 @@ def feature_artefact(task: FeatureTask) -> Artefact:
 
 
 def make_features(task: FeatureTask) -> FeatureDay:
-    """Features of a day's trades: z-scores as float32, and what labelling needs besides."""
-    job, book, state = task
+    """z-scores of a day's trades as float32; their trades are met again when they are labelled."""
+    job, _, state = task
     artefact = feature_artefact(task)
 
     def fill(folder: Path) -> dict[str, Any]:
-        met, z, n = scored_day(job, book, state, np.float32)
-        save_columns(
-            folder,
-            ts=met.ts,
-            sign=met.sign,
-            price=met.price,
-            qty=met.qty,
-            row=met.row.astype(np.int32),
-            z=z,
-        )
+        met, z, known, n = _scored(task)
+        job.on.keep(folder, artefact.address, {"z": z})
         job.require_unchanged("trades", artefact)
-        return {"trades": n, "kept": len(met.ts), "dropped": met.dropped}
+        dropped = features.without_scores(met, known, state.tail.shape[1], job.config.window)
+        return {"trades": n, "kept": known, "dropped": dropped}
 
-    made = Store(job.store).make(artefact, fill)
+    made = with_room(job.on, lambda: Store(job.store).make(artefact, fill))
     kept = made.record
     return FeatureDay(job.day, made.brief(), kept["trades"], kept["kept"], kept["dropped"])
 
 
-def scored_day(
-    job: ClusterDay, book: BookDay, state: State, dtype: type[np.floating]
-) -> tuple[MetTrades, np.ndarray, int]:
-    """A day's trades that have z-scores, these scores (6, n), and how many trades the day has."""
-    met, n = _meet(job, day_context(job, book, state.book))
-    met, z = features.scored(met, state.tail, job.config.window, dtype)
-    return met, z, n
+def _scored(task: FeatureTask) -> tuple[MetTrades, Any, int, int]:
+    """A day's trades that met a book, z-scores of all, how many have some, and the trades of the day."""
+    job, book, state = task
+    around = day_context(job, book, state.book)
+    met, n = meet_day(job, around)
+    z, known = job.on.xp.empty((len(FEATURES), len(met)), np.float32), 0
+    for piece in day_pieces(task, met, around):
+        known += features.z_scores(piece, job.config.window, z[:, piece.rows], job.on)
+    return met, z, known, n
+
+
+def day_pieces(task: FeatureTask, met: MetTrades, around: Context) -> Iterator[Piece]:
+    """`features.pieces` of a day."""
+    job, _, state = task
+    own_side = job.config.same_side == "own"
+    return features.pieces(met, around, state.tail, window=job.config.window, own_side=own_side, on=job.on)
+
+
+def day_scores(task: FeatureTask, made: Made) -> Any:
+    """z-scores (6, n) float32 of a day's met trades, as `make_features` made them; NaN where one has none."""
+    job = task[0]
+    folder = Store(job.store).folder(made.address)
+    z = job.on.kept(folder, made.address, ["z"], lambda: {"z": _scored(task)[1]})["z"]
+    return z
 
 
 MidsTask = tuple[DayJob[RunConfig], BookDay, BookCarry | None, np.ndarray]
@@ -319,13 +372,13 @@ def mids_day(task: MidsTask) -> MidsDay:
     job, book, carry, times = task
 
     def fill(folder: Path) -> dict[str, Any]:
-        rows = context.with_carry(book_rows(job, book), carry)
-        mid2 = rows["bid"].to_numpy(np.int64) + rows["ask"].to_numpy(np.int64)
-        mids = returns.mids_at(times, rows["ts"].to_numpy(np.int64), mid2, job.config.max_staleness)
+        rows = context.with_carry(book_rows(job, book), carry, job.on)
+        ts, bid, ask = (job.on.array(rows[name]) for name in ("ts", "bid", "ask"))
+        mids = returns.mids_at(times, ts, bid + ask, job.config.max_staleness, job.on)
         save_columns(folder, ts=times, mid2=mids)
         return {}
 
-    return MidsDay(Store(job.store).make(mids_artefact(task), fill).brief())
+    return MidsDay(with_room(job.on, lambda: Store(job.store).make(mids_artefact(task), fill)).brief())
 
 
 def read_mids(store: Store, held: Sequence[MidsDay]) -> pd.Series:

@@ -1,16 +1,20 @@
 """Six features of every trade, and their rolling z-scores over the symbol's last trades.
 
 A trade counts if its side is known and it met a fresh book row.  Its window reaches over midnight:
-the raw features of the last `window - 1` trades of the days before come along as a tail.
+the raw features of the last `window - 1` trades of the days before come along as a tail.  A day is gone
+through in pieces, whose size changes nothing but the memory they take.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from clusterlob_gpu import kernels
+from clusterlob_gpu.backend import CPU, Backend
 from clusterlob_gpu.schema import FEATURES, Context, Trades
 
 DROPS = {
@@ -23,65 +27,63 @@ DROPS = {
 
 @dataclass(frozen=True)
 class MetTrades:
-    """Trades with a known side and a book row, in order, and their raw features."""
+    """Trades with a known side and a book row, in order; arrays of the backend."""
 
-    ts: np.ndarray
-    sign: np.ndarray
+    ts: Any
+    sign: Any
     """+1 taker buy, -1 taker sell, int8."""
-    price: np.ndarray
-    qty: np.ndarray
-    row: np.ndarray
-    """Index of the book row that the trade met, into the day's `Context`."""
-    raw: np.ndarray
-    """(6, n) float64 in the order of `FEATURES`; NaN where a change time is not known."""
+    price: Any
+    qty: Any
+    row: Any
+    """Index of the book row that the trade met, into the day's `Context`, int32."""
     dropped: dict[str, int]
 
-    def take(self, mask: np.ndarray | slice) -> MetTrades:
-        """The trades that the mask or slice keeps."""
+    def __len__(self) -> int:
+        return len(self.ts)
+
+    def part(self, rows: slice) -> MetTrades:
+        """The trades of a slice."""
         ts, sign, price, qty, row = (
-            column[mask] for column in (self.ts, self.sign, self.price, self.qty, self.row)
+            column[rows] for column in (self.ts, self.sign, self.price, self.qty, self.row)
         )
-        return MetTrades(ts, sign, price, qty, row, self.raw[:, mask], self.dropped)
+        return MetTrades(ts, sign, price, qty, row, self.dropped)
 
 
 def meet(
-    trades: Trades, context: Context, *, max_staleness: int, inclusive: bool, own_side: bool
+    trades: Trades, context: Context, *, max_staleness: int, inclusive: bool, on: Backend = CPU
 ) -> MetTrades:
-    """Join each trade with the book it met and compute its raw features.
+    """Join each trade with the book it met.
 
     The book row is the last one strictly before the trade (at or before, if `inclusive`).  Trades of
     unknown side, before the first book row, or whose row is older than `max_staleness` us are dropped
     and counted in `dropped`.
     """
-    row = np.empty(len(trades.ts), np.int64)
-    fate = np.empty(len(trades.ts), np.uint8)
-    kept = kernels.meet_book(trades.ts, trades.side, context.ts, max_staleness, inclusive, row, fate)
-    counts = np.bincount(fate, minlength=4)
-    dropped = {name: int(counts[code]) for code, name in DROPS.items()}
+    xp, n = on.xp, len(trades.ts)
+    row, fate = xp.empty(n, np.int32), xp.empty(n, np.uint8)
+    kept = on.kernels.meet_book(trades.ts, trades.side, context.ts, max_staleness, inclusive, row, fate)
     columns = (trades.ts, trades.side, trades.price, trades.qty, row)
-    if kept < len(row):
+    dropped = dict.fromkeys(DROPS.values(), 0)
+    if kept < n:
+        dropped = {name: int(xp.count_nonzero(fate == code)) for code, name in DROPS.items()}
         keep = fate == kernels.KEPT
         columns = tuple(column[keep] for column in columns)
     ts, side, price, qty, row = columns
     sign = np.int8(1) - np.int8(2) * side.astype(np.int8)
-    raw = raw_features(ts, sign, qty, row, context, own_side)
-    return MetTrades(ts, sign, price, qty, row, raw, dropped)
+    return MetTrades(ts, sign, price, qty, row, dropped)
 
 
-def raw_features(
-    ts: np.ndarray, sign: np.ndarray, qty: np.ndarray, row: np.ndarray, context: Context, own_side: bool
-) -> np.ndarray:
-    """Raw features (6, n) float64 of trades that met the given rows of the context.
+def raw_features(met: MetTrades, context: Context, out: Any, *, own_side: bool, on: Backend = CPU) -> None:
+    """Raw features of trades that met rows of the context, written to `out` (6, n) float64.
 
-    v_rel = qty / (bid_sz1 + ask_sz1); sbs and obs = ln(1 + depth) on the same and the opposite side;
-    spread; t_m and t_age = us since the last change of the mid and of the best price consumed.
+    v_rel = qty / (bid_sz1 + ask_sz1); sbs and obs = ln(1 + depth) on the same and the opposite side (the
+    taker's own, or the one that it consumes); spread; t_m and t_age = us since the last change of the mid
+    and of the best price consumed, NaN before the first.
     """
-    raw = np.empty((len(FEATURES), len(ts)))
-    kernels.raw_features(
-        ts,
-        sign,
-        qty,
-        row,
+    on.kernels.raw_features(
+        met.ts,
+        met.sign,
+        met.qty,
+        met.row,
         context.touch_qty,
         context.log_bid,
         context.log_ask,
@@ -90,29 +92,59 @@ def raw_features(
         context.bid_change,
         context.ask_change,
         own_side,
-        raw,
+        out,
     )
-    return raw
 
 
-def z_scores(
-    raw: np.ndarray, tail: np.ndarray, window: int, dtype: type[np.floating] = np.float64
-) -> np.ndarray:
-    """Rolling z-scores (6, n) of a day's raw features, given the tail of the days before.
+class Piece(NamedTuple):
+    """Some of a day's met trades in a row; its arrays hold until the next piece is asked for."""
+
+    rows: slice
+    """Which of the day's met trades."""
+    met: MetTrades
+    lead: int
+    history: Any
+    """(6, lead + m) float64 in the order of `FEATURES`: raw features of `lead` trades before and of these."""
+
+    @property
+    def raw(self) -> Any:
+        """(6, m) raw features; NaN where a change time is not known."""
+        return self.history[:, self.lead :]
+
+
+def pieces(
+    met: MetTrades, context: Context, tail: np.ndarray, *, window: int, own_side: bool, on: Backend = CPU
+) -> Iterator[Piece]:
+    """A day's met trades in pieces of `on.rows_at_once`, with raw features and those that their windows need.
+
+    `tail` (6, l), l < window, holds the raw features of the last trades of the days before.
+    """
+    n, lead = len(met), tail.shape[1]
+    size = max(1, min(n, on.rows_at_once))
+    held = on.xp.empty((len(FEATURES), 2 * window + size))
+    held[:, :lead] = on.xp.asarray(tail)
+    done = lead
+    for start in range(0, n, size):
+        rows = slice(start, min(n, start + size))
+        part, end = met.part(rows), lead + rows.stop - start
+        raw_features(part, context, held[:, lead:end], own_side=own_side, on=on)
+        yield Piece(rows, part, lead, held[:, :end])
+        # Windows are made of blocks counted from the first trade of the tail: the block before stays whole.
+        done += rows.stop - start
+        lead = min(done, done % window + window)
+        held[:, :lead] = held[:, end - lead : end].copy()
+
+
+def z_scores(piece: Piece, window: int, out: Any, on: Backend = CPU) -> int:
+    """Rolling z-scores of a piece, written to `out` (6, m); gives how many trades have all six.
 
     z = (x - mean) / std over the last `window` trades, the current one included, ddof = 1; 0 where
-    the window is constant; NaN where it is short or holds a NaN.  `tail` is (6, m), m < window.
-    Computed in float64, stored as `dtype`.
+    the window is constant; NaN in all six where one window is short or holds a NaN.  Computed in float64,
+    stored in the type of `out`.
     """
-    lead = tail.shape[1]
-    out = np.empty(raw.shape, dtype)
-    # Two columns are used over and over: touching fresh memory costs more than the arithmetic.
-    column, scores = np.empty((2, lead + raw.shape[1]))
-    for j in range(raw.shape[0]):
-        column[:lead], column[lead:] = tail[j], raw[j]
-        kernels.rolling_z(column, window, scores)
-        out[j] = scores[lead:]
-    return out
+    on.kernels.rolling_z(piece.history, window, piece.lead, out)
+    known: int = on.kernels.void_nulls(out)
+    return known
 
 
 def last_columns(tail: np.ndarray, raw: np.ndarray, window: int) -> np.ndarray:
@@ -123,24 +155,12 @@ def last_columns(tail: np.ndarray, raw: np.ndarray, window: int) -> np.ndarray:
     return np.concatenate([tail, raw], axis=1)[:, -keep:]
 
 
-def scored(
-    met: MetTrades, tail: np.ndarray, window: int, dtype: type[np.floating] = np.float64
-) -> tuple[MetTrades, np.ndarray]:
-    """The trades whose six z-scores are all known, and those scores (6, m).
+def without_scores(met: MetTrades, known: int, lead: int, window: int) -> dict[str, int]:
+    """Trades that were dropped, by reason, of a day of which `known` trades have z-scores.
 
-    Dropped and counted: `warmup` (fewer than `window` trades so far), `null_change_time` (a trade in
-    the window came before the first change of the mid or of the price that it consumes).
+    To those that met no book: `warmup` (fewer than `window` trades so far, of which `lead` came before
+    the day), `null_change_time` (a trade in the window came before the first change of the mid or of the
+    price that it consumes).
     """
-    z = z_scores(met.raw, tail, window, dtype)
-    warm = max(0, min(z.shape[1], window - 1 - tail.shape[1]))
-    known = ~np.isnan(z.sum(axis=0))
-    dropped = met.dropped | {
-        "warmup": warm,
-        "null_change_time": int(np.count_nonzero(~known[warm:])),
-    }
-    if not known.all():
-        first = int(np.argmax(known))
-        # Nearly always the first trades of a lake: a slice of them copies nothing.
-        kept = slice(first, None) if known[first:].all() else known
-        met, z = met.take(kept), z[:, kept]
-    return MetTrades(met.ts, met.sign, met.price, met.qty, met.row, met.raw, dropped), z
+    warm = max(0, min(len(met), window - 1 - lead))
+    return met.dropped | {"warmup": warm, "null_change_time": len(met) - known - warm}

@@ -8,11 +8,13 @@ the UTC day that holds the microsecond before t.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import numpy as np
 import pandas as pd
 
-from clusterlob_gpu import kernels
+from clusterlob_gpu.backend import CPU, Backend
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.schema import US_PER_DAY
 
@@ -32,15 +34,16 @@ def bucket_times(buckets: np.ndarray, width: int, horizons: Sequence[int]) -> np
     return np.unique(np.concatenate([*(buckets + offset for offset in offsets), midnight]))
 
 
-def mids_at(times: np.ndarray, book_ts: np.ndarray, mid2: np.ndarray, max_staleness: int) -> np.ndarray:
+def mids_at(times: np.ndarray, book_ts: Any, mid2: Any, max_staleness: int, on: Backend = CPU) -> np.ndarray:
     """Twice the mid (integer price units, as float64) at sorted times of one covered day; NaN = null."""
-    row = np.empty(len(times), np.int64)
-    kernels.asof_before(book_ts, times, False, row)
+    asked, row = on.xp.asarray(times), on.xp.empty(len(times), np.int64)
+    on.kernels.asof_before(book_ts, asked, False, row)
     known = row >= 0
-    known[known] &= times[known] - book_ts[row[known]] <= max_staleness
-    out = np.full(len(times), np.nan)
-    out[known] = mid2[row[known]]
-    return out
+    at = on.xp.where(known, row, 0)
+    if len(book_ts) == 0:
+        return np.full(len(times), np.nan)
+    known &= asked - book_ts[at] <= max_staleness
+    return on.to_host(on.xp.where(known, mid2[at].astype(np.float64), np.nan))
 
 
 def return_columns(buckets: np.ndarray, mids: pd.Series, width: int, horizons: Sequence[int]) -> pd.DataFrame:
@@ -72,55 +75,86 @@ def _log_return(first: np.ndarray, last: np.ndarray) -> np.ndarray:
     return np.log1p((last - first) / first)
 
 
-def day_markouts(
-    ts: np.ndarray,
-    sign: np.ndarray,
-    row: np.ndarray,
-    label: np.ndarray,
-    book_ts: np.ndarray,
-    mid2: np.ndarray,
-    *,
-    covered_until: int,
-    max_staleness: int,
-    start: int,
-    width: int,
-    numbers: Sequence[int],
-) -> pd.DataFrame:
-    """Signed mid moves after a day's trades, 1e4 s (mid(t + h) - mid(t)) / mid(t), summed in bps.
+@dataclass(frozen=True)
+class Markouts:
+    """Signed mid moves after trades, 1e4 s (mid(t + h) - mid(t)) / mid(t), summed in bps per bucket.
 
-    mid(t) is that of the book row the trade met.  A row per (bucket_ts, cluster, horizon_us) with n
-    and sum_bps, for buckets that have any.  The book may reach past the day, up to `covered_until`,
-    the last time at which a mid is known.
+    mid(t) is that of the book row the trade met.
     """
-    shape = (US_PER_DAY // width, len(numbers))
-    tables = []
-    for horizon in MARKOUTS_US:
-        count, total = np.zeros(shape, np.int64), np.zeros(shape)
-        kernels.markout_sums(
-            ts,
-            sign,
-            row,
+
+    count: np.ndarray
+    """(n_buckets, k, h) int64 in the order of `MARKOUTS_US`."""
+    total: np.ndarray
+    """(n_buckets, k, h) float64, bps."""
+
+    @classmethod
+    def none(cls, width: int, k: int) -> Self:
+        """Of no trades yet."""
+        shape = (US_PER_DAY // width, k, len(MARKOUTS_US))
+        return cls(np.zeros(shape, np.int64), np.zeros(shape))
+
+    def add(
+        self,
+        met: MetLike,
+        label: Any,
+        book: Mids,
+        *,
+        max_staleness: int,
+        start: int,
+        width: int,
+        on: Backend = CPU,
+    ) -> None:
+        """Add labelled trades of the day that begins at `start`, in order of time."""
+        horizons = np.array(MARKOUTS_US, np.int64)
+        on.kernels.markout_sums(
+            met.ts,
+            met.sign,
+            met.row,
             label,
-            book_ts,
-            mid2,
-            covered_until,
+            book.ts,
+            book.mid2,
+            book.covered_until,
             max_staleness,
-            horizon,
+            horizons,
             start,
             width,
-            count,
-            total,
+            self.count,
+            self.total,
         )
-        b, c = np.nonzero(count)
-        tables.append(
-            pd.DataFrame(
-                {
-                    "bucket_ts": start + width * b.astype(np.int64),
-                    "cluster": np.array(numbers, np.int8)[c],
-                    "horizon_us": np.int64(horizon),
-                    "n": count[b, c],
-                    "sum_bps": total[b, c],
-                }
-            )
-        )
-    return pd.concat(tables, ignore_index=True)
+
+    def table(self, *, start: int, width: int, numbers: Sequence[int]) -> pd.DataFrame:
+        """A row per (horizon_us, bucket_ts, cluster) with n and sum_bps, for buckets that have any."""
+        tables = []
+        for h, horizon in enumerate(MARKOUTS_US):
+            b, c = np.nonzero(self.count[..., h])
+            columns = {
+                "bucket_ts": start + width * b.astype(np.int64),
+                "cluster": np.array(numbers, np.int8)[c],
+                "horizon_us": np.int64(horizon),
+                "n": self.count[b, c, h],
+                "sum_bps": self.total[b, c, h],
+            }
+            tables.append(pd.DataFrame(columns))
+        return pd.concat(tables, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Mids:
+    """A day's mids and those soon after it, by time; arrays of the backend."""
+
+    ts: Any
+    mid2: Any
+    """Twice the mid, integer price units."""
+    covered_until: int
+    """Last time (us) at which a mid is known."""
+
+
+class MetLike(Protocol):
+    """Trades and the book rows that they met, as `features.MetTrades`."""
+
+    @property
+    def ts(self) -> Any: ...
+    @property
+    def sign(self) -> Any: ...
+    @property
+    def row(self) -> Any: ...

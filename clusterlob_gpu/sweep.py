@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from clusterlob_gpu import report
+from clusterlob_gpu.backend import Name
 from clusterlob_gpu.config import (
     RunConfig,
     config_hash,
@@ -69,7 +70,7 @@ class SweepRequest:
     out: Path
     file: SweepFile
     store: Path | Location | None = None
-    backend: str = "cpu"
+    backend: Name = "cpu"
     pictures: bool = True
     keep_current: bool = False
     """Leave a finished sweep as it is whose request, code and lake are the same; not one with failures."""

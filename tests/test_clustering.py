@@ -181,7 +181,7 @@ def test_engines__sklearn_and_lloyd_reach_the_same(bound: float) -> None:
     bounds = Bounds(np.full(6, -bound), np.full(6, bound))
     start = clustering.starting_centres(bounds.clip(z), 3, 7, 5)
     mine = fit_days(cut(z, [700, 701, 3_000]), start, bounds)
-    theirs = clustering.fit_sklearn(bounds.clip(z), start)
+    theirs = clustering.fit_merged(bounds.clip(z), start)
     np.testing.assert_allclose(theirs.centroids, mine.centroids, atol=1e-3)
     assert theirs.inertia == pytest.approx(mine.inertia, rel=1e-6)
     assert theirs.counts.sum() == mine.counts.sum() == 5_000

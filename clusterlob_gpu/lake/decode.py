@@ -6,9 +6,11 @@ memory stays small.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -62,6 +64,16 @@ def levels(
     expect_lists(file.schema_arrow, where)
     rows = sum(meta.row_group(group).num_rows for group in groups)
     return _reduced(file, groups, rows, depth)
+
+
+def table(path: Path, groups: list[int] | None) -> pd.DataFrame:
+    """A Parquet file of the store, or some of its row groups.
+
+    Without threads: those of Arrow may outlive the interpreter and abort it.
+    """
+    with pq.ParquetFile(path) as file:
+        chosen = list(range(file.num_row_groups)) if groups is None else groups
+        return file.read_row_groups(chosen, use_threads=False).to_pandas(use_threads=False)
 
 
 def expect_lists(schema: pa.Schema, where: Location) -> None:
@@ -138,7 +150,7 @@ def _list_buffers(lists: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """Offsets and end-to-end values of a list column; a null list is empty, a null entry NO_LEVEL."""
     if pa.types.is_fixed_size_list(lists.type) or lists.null_count:
         lists = pc.fill_null(lists.cast(pa.list_(pa.int64())), [])
-    values = lists.values
+    values = lists.values  # noqa: PD011 - of Arrow
     if values.null_count:
         values = pc.fill_null(values, pa.scalar(kernels.NO_LEVEL, pa.int64()))
     return lists.offsets.to_numpy(), values.to_numpy()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import cudf
@@ -40,7 +41,7 @@ def flat(
     for name in integers:
         column = frame[name]
         expect_integers(schema.field(name).type, column.null_count, where, name)
-        values = (column.fillna(NO_LEVEL) if column.null_count else column).values  # noqa: PD011
+        values = (column.fillna(NO_LEVEL) if column.null_count else column).values
         columns[name] = values if name in decode.AS_STORED else values.astype(np.int64, copy=False)
     return {name: columns[name] for name in names}
 
@@ -60,12 +61,17 @@ def levels(
     return {name: cupy.concatenate(parts) for name, parts in found.items()}
 
 
+def table(path: Path, groups: list[int] | None) -> Any:
+    """`decode.table`, as a cuDF frame."""
+    return cudf.read_parquet(str(path), row_groups=groups)
+
+
 def _reduced(lists: Any, depth: int) -> tuple[Any, Any]:
     """First entry and depth sum of every list; a null list is empty, a null entry NO_LEVEL."""
-    lengths = lists.list.len().fillna(0).values.astype(np.int64)  # noqa: PD011
+    lengths = lists.list.len().fillna(0).values.astype(np.int64)
     offsets = cupy.concatenate([cupy.zeros(1, np.int64), cupy.cumsum(lengths)])
     entries = lists.list.leaves
-    values = (entries.fillna(NO_LEVEL) if entries.null_count else entries).values  # noqa: PD011
+    values = (entries.fillna(NO_LEVEL) if entries.null_count else entries).values
     best, total = cupy.empty(len(lengths), np.int64), cupy.empty(len(lengths), np.int64)
     device_kernels.reduce_levels(offsets, values.astype(np.int64, copy=False), depth, best, total)
     return best, total

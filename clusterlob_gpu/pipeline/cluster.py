@@ -97,8 +97,10 @@ def check_cluster(request: ClusterRequest, configs: Sequence[ClusterConfig], bad
 
 def check_config(request: ClusterRequest, config: ClusterConfig) -> None:
     """Raise InputError where a config is not possible on the days of a request, or on this backend."""
-    if config.engine.startswith("cuml"):
+    if config.engine.startswith("cuml") and request.backend != "gpu":
         raise InputError(f"engine = {config.engine!r}: needs the gpu backend; use auto, lloyd or sklearn")
+    if config.engine == "sklearn" and request.backend != "cpu":
+        raise InputError("engine = 'sklearn': computes on the CPU; use auto, lloyd, cuml or cuml_dask")
     windows(request, config)
 
 

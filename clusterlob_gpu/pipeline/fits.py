@@ -12,6 +12,8 @@ from clusterlob_gpu.clustering import Bounds, Fit, Partial
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.pipeline.stages import Item, PlanEnds, Stages
 
+_MERGED = ("sklearn", "cuml")
+"""Engines that want all rows in the memory of one worker."""
 _TOGETHER = 16
 """Large answers of days that are held at once while they are added up."""
 
@@ -36,8 +38,8 @@ def _fit(jobs: Sequence[FitJob], stages: Stages) -> list[Fitted | InputError]:
     bounds = _all_bounds(jobs, stages)
     begun = _starts(jobs, bounds, stages)
     starts = {n: start for n, start in enumerate(begun) if not isinstance(start, InputError)}
-    merged = [n for n in starts if jobs[n].config.engine == "sklearn"]
-    passed = [n for n in starts if jobs[n].config.engine != "sklearn"]
+    merged = [n for n in starts if jobs[n].config.engine in _MERGED]
+    passed = [n for n in starts if jobs[n].config.engine not in _MERGED]
     fits: dict[int, Fit] = {}
     tasks = [(jobs[n], bounds[n], starts[n]) for n in merged]
     fits |= zip(merged, stages.map("fit", cluster_days.fit_merged, tasks), strict=True)

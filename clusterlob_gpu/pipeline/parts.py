@@ -19,7 +19,7 @@ from clusterlob_gpu import bars, cluster_days, clustering, days, evaluation, ret
 from clusterlob_gpu.cluster_days import FitJob, Fitted, LabelJob, LabelledDay, Labelling, TrainDay
 from clusterlob_gpu.clustering import Model
 from clusterlob_gpu.config import ClusterConfig, format_duration
-from clusterlob_gpu.days import FeatureDay, MidsDay, next_day
+from clusterlob_gpu.days import FeatureDay, FeatureTask, MidsDay, next_day
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.files import Location
 from clusterlob_gpu.lake.layout import day_of_us, day_start_us
@@ -59,6 +59,10 @@ class ClusterRun(CarriedRun):
     """A symbol on its way through the stages of ClusterLOB."""
 
     features: dict[date, FeatureDay] = field(default_factory=dict)
+
+    def feature_task(self, request: ClusterRequest, day: date) -> FeatureTask:
+        """What makes the features of a day."""
+        return self.job(request, day), self.books[day], self.states[day]
 
 
 @dataclass
@@ -141,7 +145,7 @@ def _reach(config: ClusterConfig) -> int:
 
 def _make_features(runs: Sequence[ClusterRun], request: ClusterRequest, stages: Stages) -> None:
     wanted = [(run, day) for run in runs for day in run.wanted]
-    tasks = [(run.job(request, day), run.books[day], run.states[day]) for run, day in wanted]
+    tasks = [run.feature_task(request, day) for run, day in wanted]
     made = stages.make("features", days.feature_artefact, days.make_features, tasks)
     for (run, day), found in zip(wanted, made, strict=True):
         run.features[day] = found
@@ -159,15 +163,10 @@ def _fit(pairs: Pairs, request: ClusterRequest, stages: Stages) -> None:
         for _, part in pairs:
             part.models = {window.id: request.models[part.symbol] for window in part.windows}
         return
-    trains = [
-        (run, part, window, _train_days(run, request, window))
-        for run, part in pairs
-        for window in part.windows
-    ]
-    rows = _rows_of([day for *_, train in trains for day in train], stages)
+    asked = [(run, part, window) for run, part in pairs for window in part.windows]
+    trains = _train_days(asked, request, stages)
     jobs: list[tuple[Part, Window, FitJob]] = []
-    for run, part, window, train in trains:
-        total = sum(rows[day.key] for day in train)
+    for run, part, window, train, total in trains:
         if total >= part.config.k:
             folder = run.job(request, window.train[0]).symbol_folder
             jobs.append((part, window, FitJob(folder, train, total, part.config)))
@@ -182,17 +181,32 @@ def _fit(pairs: Pairs, request: ClusterRequest, stages: Stages) -> None:
             part.problem = _no_fit(run, part)
 
 
-def _train_days(run: ClusterRun, request: ClusterRequest, window: Window) -> tuple[TrainDay, ...]:
-    held = [run.features[day] for day in window.train if day in run.features]
-    return tuple(TrainDay(request.artefacts, day, window.train_until) for day in held)
+Trained = tuple[ClusterRun, Part, Window, tuple[TrainDay, ...], int]
+"""What a fit trains on: its days, and their rows in all."""
 
 
-def _rows_of(train: Sequence[TrainDay], stages: Stages) -> dict[tuple[str, int], int]:
-    """Rows of every training day; only those that a purge cuts have to be looked at."""
-    rows = {day.key: day.features.kept for day in train if day.whole}
-    cut = list({day.key: day for day in train if not day.whole}.values())
+def _train_days(
+    asked: Sequence[tuple[ClusterRun, Part, Window]], request: ClusterRequest, stages: Stages
+) -> list[Trained]:
+    """Training days and rows of every window; only days that a purge cuts have to be looked at."""
+    held = [
+        [_train_day(run, request, day, window) for day in window.train if day in run.features]
+        for run, _, window in asked
+    ]
+    days_ = {day.key: day for train in held for day in train}
+    cut = [day for day in days_.values() if not day.whole]
     counted = stages.map("count", cluster_days.train_rows, cut)
-    return rows | {day.key: n for day, n in zip(cut, counted, strict=True)}
+    rows = {key: day.features.kept for key, day in days_.items() if day.whole}
+    for day, (met, known) in zip(cut, counted, strict=True):
+        days_[day.key], rows[day.key] = replace(day, cut=met), known
+    return [
+        (*one, tuple(days_[day.key] for day in train), sum(rows[day.key] for day in train))
+        for one, train in zip(asked, held, strict=True)
+    ]
+
+
+def _train_day(run: ClusterRun, request: ClusterRequest, day: date, window: Window) -> TrainDay:
+    return TrainDay(run.feature_task(request, day), run.features[day], window.train_until)
 
 
 def _no_fit(run: ClusterRun, part: Part) -> InputError:

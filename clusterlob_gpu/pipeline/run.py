@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import pandas as pd
 
 from clusterlob_gpu import __version__, report
+from clusterlob_gpu.backend import Name
 from clusterlob_gpu.clustering import Model
 from clusterlob_gpu.config import Config, RunConfig, config_hash
 from clusterlob_gpu.context import BookCarry
@@ -52,7 +53,7 @@ class RunRequest(Generic[Config]):
     out: Path
     config: Config
     store: Path | Location | None = None
-    backend: str = "cpu"
+    backend: Name = "cpu"
     models: Mapping[str, Model] | None = None
     """Models by symbol that label the days; None fits them."""
     published: dict[str, Any] | None = None
@@ -116,7 +117,7 @@ class SymbolRun:
 
     def job(self, request: RunRequest[Config], day: date) -> DayJob[Config]:
         """What the tasks of a day need to know."""
-        return DayJob(self.lake, request.artefacts, request.config, day)
+        return DayJob(self.lake, request.artefacts, request.config, day, request.backend)
 
 
 class Clock:
