@@ -10,15 +10,18 @@ and the counts of large and small trades; buy and sell notional, of all or of a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from clusterlob_gpu import flow_kernels
+from clusterlob_gpu.backend import CPU, Backend
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.errors import LakeError
+from clusterlob_gpu.flow_kernels import N_LARGEST
 from clusterlob_gpu.schema import US_PER_DAY, US_PER_SECOND, Trades
 from clusterlob_gpu.thresholds import NEVER_LARGE, NEVER_SMALL
 
@@ -66,32 +69,35 @@ ROLL_UPS = (30 * _MINUTE, 60 * _MINUTE, 180 * _MINUTE)
 
 @dataclass(frozen=True)
 class Takers:
-    """A day's trades, or its taker orders, in order of time: what is large or small."""
+    """A day's trades, or its taker orders, in order of time: what is large or small.
 
-    ts: np.ndarray
-    side: np.ndarray
-    notional: np.ndarray
+    Arrays of the backend.
+    """
+
+    ts: Any
+    side: Any
+    notional: Any
     """price_int * qty_int, of an order the sum over its fills; common units, int64."""
 
 
-def trade_takers(trades: Trades) -> Takers:
+def trade_takers(trades: Trades, *, on: Backend = CPU) -> Takers:
     """Trades as they are.
 
     Raises LakeError for a price that is not positive or a size below 0.  price * qty must fit an
     int64, as the reader of the lake makes sure.
     """
-    wrong = (trades.price <= 0) | (trades.qty < 0)
-    if wrong.any():
-        at = int(np.argmax(wrong))
+    if len(trades.ts) and (trades.price.min() <= 0 or trades.qty.min() < 0):
+        at = int(on.xp.argmax((trades.price <= 0) | (trades.qty < 0)))
+        ts, price, qty = (int(column[at]) for column in (trades.ts, trades.price, trades.qty))
         raise LakeError(
-            f"trade {at} of the day at ts_local_us = {trades.ts[at]}: price_int = {trades.price[at]}, "
-            f"qty_int = {trades.qty[at]}; prices must be above 0 and sizes not below it, ingest again"
+            f"trade {at} of the day at ts_local_us = {ts}: price_int = {price}, "
+            f"qty_int = {qty}; prices must be above 0 and sizes not below it, ingest again"
         )
     return Takers(trades.ts, trades.side, trades.price * trades.qty)
 
 
 def order_takers(
-    trades: Trades, ts_exch: np.ndarray, trade_id: np.ndarray, *, start: int, width: int
+    trades: Trades, ts_exch: Any, trade_id: Any, *, start: int, width: int, on: Backend = CPU
 ) -> Takers:
     """Taker orders rebuilt from their fills, `trades` in the lake's order with exchange times and ids.
 
@@ -105,16 +111,16 @@ def order_takers(
 
     Raises LakeError as `trade_takers` does, and where a notional passes 2^62.
     """
-    fills = trade_takers(trades)
-    ts, side, notional = (np.empty_like(column) for column in (fills.ts, fills.side, fills.notional))
-    n = flow_kernels.merge_orders(
+    fills = trade_takers(trades, on=on)
+    ts, side, notional = (on.xp.empty_like(column) for column in (fills.ts, fills.side, fills.notional))
+    n = on.flow_kernels.merge_orders(
         fills.ts, ts_exch, fills.side, trade_id, fills.notional, start, width, ts, side, notional
     )
     if n < 0:
         at = -1 - n
         raise LakeError(
-            f"trade {at} of the day at ts_local_us = {fills.ts[at]}: the notional of its order passes 2^62; "
-            "coarsen price_increment or amount_increment in dim_symbol"
+            f"trade {at} of the day at ts_local_us = {int(fills.ts[at])}: the notional of its order "
+            "passes 2^62; coarsen price_increment or amount_increment in dim_symbol"
         )
     return Takers(ts[:n], side[:n], notional[:n])
 
@@ -135,17 +141,29 @@ class DayBars:
     """(n_bars, 5) int64: largest notionals, falling."""
 
 
-def day_bars(trades: Trades, takers: Takers, *, start: int, width: int) -> DayBars:
+def day_bars(trades: Trades, takers: Takers, *, start: int, width: int, on: Backend = CPU) -> DayBars:
     """Sum the day that begins at `start` into bars of `width` us: prices and sizes of its trades, and
     counts and notionals of its takers, which are the trades again or their orders.
     """
     n_bars = US_PER_DAY // width
     prices, size = np.zeros((n_bars, 4), np.int64), np.zeros((n_bars, 2), np.int64)
-    flow_kernels.bar_prices(trades.ts, trades.price, trades.qty, start, width, prices, size)
-    count, notional = np.zeros(n_bars, np.int64), np.zeros((n_bars, 3, 2), np.int64)
-    largest = np.zeros((n_bars, 5), np.int64)
-    flow_kernels.bar_flow(takers.ts, takers.side, takers.notional, start, width, count, notional, largest)
-    return DayBars(prices, size, count, notional, largest)
+    on.flow_kernels.bar_prices(trades.ts, trades.price, trades.qty, start, width, prices, size)
+    everything = np.zeros((1, n_bars), np.int64), np.full((1, n_bars), NEVER_LARGE)
+    count, notional = _class_flow(takers, *everything, start, width, on)
+    largest = np.zeros((n_bars, N_LARGEST), np.int64)
+    on.flow_kernels.bar_largest(takers.ts, takers.notional, start, width, largest)
+    return DayBars(prices, size, count[0], notional[0], largest)
+
+
+def _class_flow(
+    takers: Takers, least: np.ndarray, most: np.ndarray, start: int, width: int, on: Backend
+) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and notionals of classes of sizes, each [least, most] per bar: `flow_kernels.class_flow`."""
+    count, notional = np.zeros(least.shape, np.int64), np.zeros((*least.shape, 3, 2), np.int64)
+    on.flow_kernels.class_flow(
+        takers.ts, takers.side, takers.notional, start, width, least, most, count, notional
+    )
+    return count, notional
 
 
 @dataclass(frozen=True)
@@ -160,19 +178,38 @@ class DayClasses:
     """(n_bars,) bool: whether the thresholds are not null."""
 
 
-def day_classes(
-    takers: Takers, large_from: np.ndarray, small_to: np.ndarray, *, start: int, width: int
-) -> DayClasses:
-    """Split a day's flow by size: large if notional >= large_from, small if notional <= small_to.
+Bounds = tuple[np.ndarray, np.ndarray]
+"""Least notional that is large, and largest that is small, of every bar: (n_bars,) int64 each."""
 
-    The bounds, (n_bars,) int64, come from `thresholds.Cuts`; where either is null the bar's classes are.
+
+def day_classes(
+    takers: Takers, bounds: Sequence[Bounds], *, start: int, width: int, on: Backend = CPU
+) -> list[DayClasses]:
+    """Split a day's flow by size under each of many bounds, in one pass.
+
+    Large if notional >= large_from, small if notional <= small_to.  Bounds come from `thresholds.Cuts`;
+    where either is null the bar's classes are.
     """
     n_bars = US_PER_DAY // width
+    large_from, small_to = np.array(bounds, np.int64).reshape(-1, 2, n_bars).transpose(1, 0, 2)
+    least = np.concatenate([large_from, np.zeros_like(small_to)])
+    most = np.concatenate([np.full_like(large_from, NEVER_LARGE), small_to])
+    # Settings share bounds: of one window and quantile, a class is summed once.
+    classes, place = np.unique(np.hstack([least, most]), axis=0, return_inverse=True)
+    count, notional = _class_flow(takers, classes[:, :n_bars], classes[:, n_bars:], start, width, on)
+    pairs = place.reshape(2, -1).T
+    known = (large_from != NEVER_LARGE) & (small_to != NEVER_SMALL)
+    return [
+        DayClasses(count[pair].T, notional[pair].swapaxes(0, 1), there)
+        for pair, there in zip(pairs, known, strict=True)
+    ]
+
+
+def no_classes(width: int) -> DayClasses:
+    """Classes of a day without thresholds: all null."""
+    n_bars = US_PER_DAY // width
     count, notional = np.zeros((n_bars, 2), np.int64), np.zeros((n_bars, 2, 3, 2), np.int64)
-    flow_kernels.class_flow(
-        takers.ts, takers.side, takers.notional, start, width, large_from, small_to, count, notional
-    )
-    return DayClasses(count, notional, (large_from != NEVER_LARGE) & (small_to != NEVER_SMALL))
+    return DayClasses(count, notional, np.zeros(n_bars, np.bool_))
 
 
 def bar_table(

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from clusterlob_gpu import context, controls, flow_bars, flow_kernels, kernels, schema, thresholds
+from clusterlob_gpu import (
+    backend,
+    context,
+    controls,
+    flow_bars,
+    flow_kernels,
+    kernels,
+    schema,
+    thresholds,
+)
+from clusterlob_gpu.backend import Columns
 from clusterlob_gpu.config import FlowConfig, format_duration
 from clusterlob_gpu.context import BookCarry
-from clusterlob_gpu.days import BookDay, DayJob, book_rows, previous_day
-from clusterlob_gpu.flow_bars import DayBars, Takers
-from clusterlob_gpu.lake import layout, native, symbols
+from clusterlob_gpu.days import BookDay, DayJob, book_rows, previous_day, with_room
+from clusterlob_gpu.flow_bars import DayBars, DayClasses, Takers
+from clusterlob_gpu.lake import decode, layout, native, symbols
 from clusterlob_gpu.lake.layout import day_start_us
-from clusterlob_gpu.schema import SIDE_SELL
+from clusterlob_gpu.schema import SIDE_SELL, Trades
 from clusterlob_gpu.store import (
     Artefact,
     Made,
@@ -30,12 +41,22 @@ from clusterlob_gpu.store import (
     save_columns,
     source_hash,
 )
-from clusterlob_gpu.thresholds import NEVER_LARGE, NEVER_SMALL, Cuts, Sizes, ThresholdRule
+from clusterlob_gpu.thresholds import Cuts, Sizes, ThresholdRule
 
-FLOW_CODE = source_hash(
-    __file__, [kernels, flow_kernels, flow_bars, thresholds, native, symbols, layout, schema]
-)
-STATE_CODE = source_hash(__file__, [kernels, context, controls, native, symbols, layout, schema])
+_HERE = Path(__file__).parent
+_READING: list[ModuleType | Path] = [
+    backend,
+    decode,
+    _HERE / "lake" / "device_decode.py",
+    native,
+    symbols,
+    layout,
+    schema,
+]
+_KERNELS: list[ModuleType | Path] = [kernels, _HERE / "device_kernels.py"]
+_FLOW_KERNELS: list[ModuleType | Path] = [flow_kernels, _HERE / "device_flow_kernels.py"]
+FLOW_CODE = source_hash(__file__, [*_KERNELS, *_FLOW_KERNELS, flow_bars, thresholds, *_READING])
+STATE_CODE = source_hash(__file__, [*_KERNELS, context, controls, *_READING])
 
 FlowDay = DayJob[FlowConfig]
 
@@ -46,61 +67,107 @@ Setting = tuple[int, float, float]
 
 @dataclass(frozen=True)
 class TradeDay:
-    """A day's trades, reduced: where they are, and how many there were."""
+    """A day's trades, reduced: where they are, of what they were made, and how many there were."""
 
     day: date
     made: Made
+    unit: str
+    files: str
+    """Fingerprint of the lake's files."""
     trades: int
     takers: int
     unknown: int
 
 
-def trade_artefact(task: tuple[FlowDay, str]) -> Artefact:
+TradeTask = tuple[FlowDay, str]
+"""A day, and its unit: trades as they are, or the orders rebuilt from them."""
+
+
+def trade_artefact(task: TradeTask) -> Artefact:
     """Name of a day's reduced trades: of its files, the unit, and where bars and windows may begin."""
     job, unit = task
     bar = job.config.bar
     return job.artefact(
         "trades",
+        **job.machine,
         code=FLOW_CODE,
         files=job.lake.fingerprint("trades", job.day),
         unit=unit,
         bar=bar,
-        phases=thresholds.phases(bar, [window for window, _, _ in job.config.settings]),
+        phases=thresholds.phases(bar, _windows(job.config)),
     )
 
 
-def reduce_trades(task: tuple[FlowDay, str]) -> TradeDay:
-    """Reduce a day's trades, or the orders rebuilt from them (`unit`), to bar sums and notionals."""
-    job, unit = task
-    config, artefact = job.config, trade_artefact(task)
-    windows = sorted({window for window, _, _ in config.settings})
+def _windows(config: FlowConfig) -> list[int]:
+    """Lengths of the settings' windows, rising."""
+    return sorted({window for window, _, _ in config.settings})
+
+
+def reduce_trades(task: TradeTask) -> TradeDay:
+    """Reduce a day's trades, or the orders rebuilt from them, to bar sums and notionals."""
+    (job, unit), artefact = task, trade_artefact(task)
+    on = job.on
 
     def fill(folder: Path) -> dict[str, Any]:
-        start, width = day_start_us(job.day), config.bar
-        fills = job.lake.read_fills(job.day) if unit == "order" else None
-        trades = fills.trades if fills else job.lake.read_trades(job.day)
-        if fills:
-            ids = fills.trade_id
-            takers = flow_bars.order_takers(trades, fills.ts_exch, ids, start=start, width=width)
-        else:
-            takers = flow_bars.trade_takers(trades)
-        sizes = thresholds.day_sizes(takers.ts, takers.notional, start=start, width=width, windows=windows)
-        bars = flow_bars.day_bars(trades, takers, start=start, width=width)
-        save_columns(folder, ts=takers.ts, side=takers.side, **_columns(sizes), **_columns(bars, "bar_"))
-        unknown = int(np.count_nonzero(trades.side > SIDE_SELL))
+        trades, takers = _takers(task)
+        sizes = _sizes(task, takers)
+        bars = flow_bars.day_bars(trades, takers, **_cut(job), on=on)
         job.require_unchanged("trades", artefact)
+        on.keep(folder, artefact.address, _per_taker(takers, sizes))
+        save_columns(folder, **{name: getattr(sizes, name) for name in _EDGES}, **_columns(bars, "bar_"))
+        unknown = int(on.xp.count_nonzero(trades.side > SIDE_SELL))
         return {"trades": len(trades.ts), "takers": len(takers.ts), "unknown": unknown}
 
-    made = Store(job.store).make(artefact, fill)
-    return TradeDay(job.day, made.brief(), **made.record)
+    made = with_room(on, lambda: Store(job.store).make(artefact, fill))
+    return TradeDay(job.day, made.brief(), unit, artefact.inputs["files"], **made.record)
 
 
-def _columns(value: Sizes | DayBars, prefix: str = "") -> dict[str, np.ndarray]:
+def _cut(job: FlowDay) -> dict[str, int]:
+    """How a day is cut into bars."""
+    return {"start": day_start_us(job.day), "width": job.config.bar}
+
+
+def _takers(task: TradeTask) -> tuple[Trades, Takers]:
+    """A day's trades, and the trades again or their orders."""
+    job, unit = task
+    if unit == "trade":
+        trades = job.lake.read_trades(job.day, on=job.on)
+        return trades, flow_bars.trade_takers(trades, on=job.on)
+    fills = job.lake.read_fills(job.day, on=job.on)
+    trades = fills.trades
+    return trades, flow_bars.order_takers(trades, fills.ts_exch, fills.trade_id, **_cut(job), on=job.on)
+
+
+def _sizes(task: TradeTask, takers: Takers) -> Sizes:
+    job, _ = task
+    windows = _windows(job.config)
+    return thresholds.day_sizes(takers.ts, takers.notional, **_cut(job), windows=windows, on=job.on)
+
+
+_EDGES = ("totals", "times", "rows")
+"""The parts of `Sizes` that do not grow with the day; the others are columns."""
+_PER_TAKER = ("ts", "side", "notional", "bins")
+
+
+def _per_taker(takers: Takers, sizes: Sizes) -> Columns:
+    return dict(zip(_PER_TAKER, (takers.ts, takers.side, takers.notional, sizes.bins), strict=True))
+
+
+def _kept(job: FlowDay, folder: Path, day: TradeDay) -> Columns:
+    """Columns of the takers of a reduced day, made again where they are held no longer."""
+    task = replace(job, day=day.day), day.unit
+
+    def again() -> Columns:
+        _, takers = _takers(task)
+        columns = _per_taker(takers, _sizes(task, takers))
+        job.require_same("trades", day.day, day.files)
+        return columns
+
+    return job.on.kept(folder, day.made.address, _PER_TAKER, again)
+
+
+def _columns(value: DayBars, prefix: str) -> dict[str, np.ndarray]:
     return {prefix + part.name: getattr(value, part.name) for part in fields(value)}
-
-
-def _load(folder: Path, kind: type[Any], prefix: str = "") -> Any:
-    return kind(**{part.name: load_column(folder, prefix + part.name) for part in fields(kind)})
 
 
 @dataclass(frozen=True)
@@ -150,29 +217,47 @@ def bars_of_day(task: BarJob) -> BarDay:
             table.to_parquet(folder / f"{number}.parquet", index=False)
         return {}
 
-    return BarDay(task.job.day, store.make(task.artefact(), fill).brief())
+    made = with_room(task.job.on, lambda: store.make(task.artefact(), fill))
+    return BarDay(task.job.day, made.brief())
 
 
 def _bar_tables(task: BarJob, store: Store) -> Iterator[pd.DataFrame]:
     job, config, symbol = task.job, task.job.config, task.job.lake.symbol
-    start, width = day_start_us(job.day), config.bar
-    folders = {day: store.folder(made.made.address) for day, made in task.trades.items()}
-    folder = folders[job.day]
-    takers = Takers(*(load_column(folder, name) for name in ("ts", "side", "notional")))
-    sums = _load(folder, DayBars, "bar_")
-    cuts = _cuts(config, start, folders) if task.sized else {}
-    for setting in config.settings:
-        bounds = _bounds(cuts, setting, len(sums.count))
-        classes = flow_bars.day_classes(takers, *bounds, start=start, width=width)
-        units = {"price_unit": symbol.price_unit, "qty_unit": symbol.qty_unit}
-        table = flow_bars.bar_table(sums, classes, start=start, width=width, **units)
+    folder = store.folder(task.trades[job.day].made.address)
+    sums = DayBars(**{part.name: load_column(folder, f"bar_{part.name}") for part in fields(DayBars)})
+    nothing = [flow_bars.no_classes(config.bar)] * len(config.settings)
+    cuts, classes = _sized(task, store) if task.sized else ({}, nothing)
+    price_unit, qty_unit = symbol.price_unit, symbol.qty_unit
+    for (window, large, small), split in zip(config.settings, classes, strict=True):
+        table = flow_bars.bar_table(sums, split, price_unit=price_unit, qty_unit=qty_unit, **_cut(job))
         if cuts:
-            window, large, small = setting
-            unit, held = symbol.price_unit * symbol.qty_unit, cuts[window]
+            unit, held = price_unit * qty_unit, cuts[window]
             table["q_large"] = held.real(_exact(large), unit)
             table["q_small"] = held.real(_exact(small), unit)
             table["window_trades"] = held.n
         yield table
+
+
+def _sized(task: BarJob, store: Store) -> tuple[dict[int, Cuts], list[DayClasses]]:
+    """Thresholds by window, and the flow under every setting, from one pass over the trades each."""
+    job, config = task.job, task.job.config
+    folders = {day: store.folder(reduced.made.address) for day, reduced in task.trades.items()}
+    held = {day: _kept(job, folders[day], reduced) for day, reduced in task.trades.items()}
+    sizes = {
+        day_start_us(day): Sizes(
+            columns["notional"],
+            columns["bins"],
+            **{name: load_column(folders[day], name) for name in _EDGES},
+        )
+        for day, columns in held.items()
+    }
+    cuts = thresholds.day_cuts(sizes, day_start_us(job.day), _rule(config), on=job.on)
+    bounds = [
+        (cuts[window].large_from(_exact(large)), cuts[window].small_to(_exact(small)))
+        for window, large, small in config.settings
+    ]
+    takers = Takers(*(held[job.day][name] for name in ("ts", "side", "notional")))
+    return cuts, flow_bars.day_classes(takers, bounds, **_cut(job), on=job.on)
 
 
 def _exact(quantile: float) -> Fraction:
@@ -180,27 +265,17 @@ def _exact(quantile: float) -> Fraction:
     return Fraction(repr(quantile))
 
 
-def _cuts(config: FlowConfig, start: int, folders: dict[date, Path]) -> dict[int, Cuts]:
-    """Thresholds of every setting's windows, from one pass over the days."""
-    windows = tuple(sorted({window for window, _, _ in config.settings}))
+def _rule(config: FlowConfig) -> ThresholdRule:
+    """Thresholds of every setting."""
     quantiles = {_exact(q) for _, *pair in config.settings for q in pair}
-    rule = ThresholdRule(
+    return ThresholdRule(
         width=config.bar,
-        windows=windows,
+        windows=tuple(_windows(config)),
         quantiles=tuple(sorted(quantiles)),
         refresh=config.refresh,
         min_trades=config.min_trades,
         require_full_window=config.require_full_window,
     )
-    sizes = {day_start_us(day): _load(folder, Sizes) for day, folder in folders.items()}
-    return thresholds.day_cuts(sizes, start, rule)
-
-
-def _bounds(cuts: dict[int, Cuts], setting: Setting, n_bars: int) -> tuple[np.ndarray, np.ndarray]:
-    if not cuts:
-        return np.full(n_bars, NEVER_LARGE), np.full(n_bars, NEVER_SMALL)
-    window, large, small = setting
-    return cuts[window].large_from(_exact(large)), cuts[window].small_to(_exact(small))
 
 
 def variant_name(setting: Setting) -> str:
@@ -238,7 +313,7 @@ def book_states(task: BookStateTask) -> StateDay:
     job, book, carry, times = task
 
     def fill(folder: Path) -> dict[str, Any]:
-        rows = context.with_carry(book_rows(job, book), carry)
+        rows = context.with_carry(book_rows(job, book), carry, job.on)
         unit = job.lake.symbol.qty_unit
         states = controls.book_at(times, rows, max_staleness=job.config.max_staleness, qty_unit=unit)
         states.to_parquet(folder / "states.parquet")

@@ -1,7 +1,11 @@
-"""Per-row arithmetic of taker flow, compiled by Numba: sizes in bins, sliding ranks, orders, bar sums.
+"""Per-row arithmetic of taker flow, and the passes that apply it on the CPU: sizes in bins, sliding ranks,
+orders, bar sums.
 
-As in `kernels`: one serial pass over columns that releases the GIL, integers wherever sums must be
-exact.  A sum that may pass 2^63 is held in two halves, sum = high 2^32 + low.
+As in `kernels`: scalar functions are the one definition for both machines, each pass is serial and
+releases the GIL, and `device_flow_kernels` has the same passes for the GPU.  Integers wherever sums must
+be exact.  A sum that may pass 2^63 is held in two halves, sum = high 2^32 + low.
+
+Columns of trades are arrays of the machine; tables by bin, bar or window, and edges, are the host's.
 """
 
 from __future__ import annotations
@@ -9,20 +13,31 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from clusterlob_gpu.kernels import last_upto
+
 SUB_BITS = 10
 """Bits that one level of bins resolves: 2^10 bins per power of two, then 2^10 per bin."""
 
 SUB_BINS = 1 << SUB_BITS
 N_BINS = 64 * SUB_BINS
-_GROUP_BITS = 8
-GROUP = 1 << _GROUP_BITS
+GROUP_BITS = 8
+GROUP = 1 << GROUP_BITS
 """Keys per group: a rank is looked for group by group, then key by key."""
 
 LARGEST_NOTIONAL = 2**62
 
+N_LARGEST = 5
+"""Largest notionals of a bar that are kept."""
 
-@njit(cache=True, nogil=True, inline="always")
-def _exponent(a):
+jit = globals().get("jit") or njit(cache=True, nogil=True, error_model="numpy")
+_pass = njit(cache=True, nogil=True, error_model="numpy")
+
+
+# ---- one row ----------------------------------------------------------------------------------------
+
+
+@jit
+def highest_bit(a):
     """Position of the highest set bit of a positive integer below 2^63."""
     e = 0
     for step in (32, 16, 8, 4, 2, 1):
@@ -31,7 +46,7 @@ def _exponent(a):
     return e
 
 
-@njit(cache=True, nogil=True, inline="always")
+@jit
 def size_bin(a):
     """Bin of a size a >= 0, log-linear in integers: a itself below 2^10, else ten bits after the first.
 
@@ -39,21 +54,104 @@ def size_bin(a):
     """
     if a < SUB_BINS:
         return a
-    e = _exponent(a)
+    e = highest_bit(a)
     return ((e - SUB_BITS + 1) << SUB_BITS) | ((a >> (e - SUB_BITS)) & (SUB_BINS - 1))
 
 
-@njit(cache=True, nogil=True, inline="always")
+@jit
 def size_sub_bin(a):
     """Place of a size inside its bin: the next ten bits; 0 where the bin is a single integer."""
     if a < SUB_BINS:
         return 0
-    e = _exponent(a)
-    rest = e - SUB_BITS
+    rest = highest_bit(a) - SUB_BITS
     return (a >> max(rest - SUB_BITS, 0)) & ((1 << min(rest, SUB_BITS)) - 1)
 
 
-@njit(cache=True, nogil=True)
+@jit
+def key_of_rank(count, groups, k, rank):
+    """Key of the row of that rank (from 0) among the rows with keys >= k, and its rank within the key.
+
+    `count` holds the rows per key, `groups` those per GROUP keys; the row must be there.
+    """
+    while rank >= count[k]:
+        rank -= count[k]
+        k += 1
+        while k & (GROUP - 1) == 0 and rank >= groups[k >> GROUP_BITS]:
+            rank -= groups[k >> GROUP_BITS]
+            k += GROUP
+    return k, rank
+
+
+@jit
+def follows(ts_exch, side, trade_id, i):
+    """Whether fill i goes on with the order of the fill before it, if both lie in one bar.
+
+    Both have one exchange time and one known side, and its id is the other's plus one.
+    """
+    return (
+        trade_id[i - 1] >= 0
+        and trade_id[i] == trade_id[i - 1] + 1
+        and ts_exch[i] == ts_exch[i - 1]
+        and side[i] == side[i - 1]
+        and side[i] <= 1
+    )
+
+
+@jit
+def passes(total, more):
+    """Whether a notional that is added to an order's takes it past LARGEST_NOTIONAL."""
+    return total > LARGEST_NOTIONAL - more
+
+
+@jit
+def extent(price, qty, start, stop, step):
+    """Highest and lowest price, and size in halves, of every `step`-th of the rows [start, stop)."""
+    highest, lowest, high, low = price[start], price[start], 0, 0
+    for i in range(start, stop, step):
+        highest, lowest = max(highest, price[i]), min(lowest, price[i])
+        high += qty[i] >> 32
+        low += qty[i] & 0xFFFFFFFF
+    return highest, lowest, high, low
+
+
+@jit
+def class_sums(side, notional, start, stop, step, least, most):
+    """Number and notional of every `step`-th of the rows [start, stop) with least <= notional <= most.
+
+    Notional in halves (high, low) of buys, of sells, and of unknown side.
+    """
+    n, buy_high, buy_low, sell_high, sell_low, all_high, all_low = 0, 0, 0, 0, 0, 0, 0
+    for i in range(start, stop, step):
+        a, s = notional[i], side[i]
+        # Choosing instead of branching: sizes and sides are as random as coins.
+        inside = least <= a <= most
+        high, low = (a >> 32 if inside else 0), (a & 0xFFFFFFFF if inside else 0)
+        n += inside
+        all_high += high
+        all_low += low
+        buy_high += high if s == 0 else 0
+        buy_low += low if s == 0 else 0
+        sell_high += high if s == 1 else 0
+        sell_low += low if s == 1 else 0
+    other_high, other_low = all_high - buy_high - sell_high, all_low - buy_low - sell_low
+    return n, buy_high, buy_low, sell_high, sell_low, other_high, other_low
+
+
+@jit
+def insert(largest, a):
+    """Put a value among the falling `largest` (m,), if it is above the last of them."""
+    j = len(largest) - 1
+    if a > largest[j]:
+        while j > 0 and a > largest[j - 1]:
+            largest[j] = largest[j - 1]
+            j -= 1
+        largest[j] = a
+
+
+# ---- passes on the CPU ------------------------------------------------------------------------------
+
+
+@_pass
 def bin_sizes(size, bins, totals):
     """Bin of every size, uint16, and the number of sizes per bin (adds to totals, int64)."""
     for i in range(len(size)):
@@ -62,14 +160,14 @@ def bin_sizes(size, bins, totals):
         totals[b] += 1
 
 
-@njit(cache=True, nogil=True)
+@_pass
 def sub_keys(size, bins, number, key):
     """Key of every size: number of its bin 2^10 + its place inside the bin."""
     for i in range(len(size)):
         key[i] = number[bins[i]] * SUB_BINS + size_sub_bin(size[i])
 
 
-@njit(cache=True, nogil=True)
+@_pass
 def keep_marked(key, size, number, edges, kept_key, kept_size, kept_edges):
     """Rows whose key is marked (number[key] >= 0), in order, and where the edges fall among them.
 
@@ -90,7 +188,7 @@ def keep_marked(key, size, number, edges, kept_key, kept_size, kept_edges):
     return n
 
 
-@njit(cache=True, nogil=True)
+@_pass
 def sliding_ranks(key, low, high, first, rank, count, at, rest):
     """Key that holds each wanted rank of a window that slides over `key`.
 
@@ -99,34 +197,24 @@ def sliding_ranks(key, low, high, first, rank, count, at, rest):
     among the window's rows with key >= first[i, t]; writes its key to `at` and its rank among the
     window's rows of that key to `rest`.  A rank below 0 is not looked for.
     """
-    groups = np.zeros((len(count) >> _GROUP_BITS) + 1, np.int64)
+    groups = np.zeros((len(count) >> GROUP_BITS) + 1, np.int64)
     for k in range(len(count)):
-        groups[k >> _GROUP_BITS] += count[k]
+        groups[k >> GROUP_BITS] += count[k]
     lo, hi = low[0], high[0]
     for i in range(len(low)):
         for j in range(hi, high[i]):
             count[key[j]] += 1
-            groups[key[j] >> _GROUP_BITS] += 1
+            groups[key[j] >> GROUP_BITS] += 1
         for j in range(lo, low[i]):
             count[key[j]] -= 1
-            groups[key[j] >> _GROUP_BITS] -= 1
+            groups[key[j] >> GROUP_BITS] -= 1
         lo, hi = low[i], high[i]
         for t in range(rank.shape[1]):
-            left = rank[i, t]
-            if left < 0:
-                continue
-            k = first[i, t]
-            while left >= count[k]:
-                left -= count[k]
-                k += 1
-                while k & (GROUP - 1) == 0 and left >= groups[k >> _GROUP_BITS]:
-                    left -= groups[k >> _GROUP_BITS]
-                    k += GROUP
-            at[i, t] = k
-            rest[i, t] = left
+            if rank[i, t] >= 0:
+                at[i, t], rest[i, t] = key_of_rank(count, groups, first[i, t], rank[i, t])
 
 
-@njit(cache=True, nogil=True)
+@_pass
 def merge_orders(ts, ts_exch, side, trade_id, notional, start, width, out_ts, out_side, out_notional):
     """Fills of each taker order as one row: time of the last fill, side, sum of the notionals.
 
@@ -139,16 +227,8 @@ def merge_orders(ts, ts_exch, side, trade_id, notional, start, width, out_ts, ou
         same_bar = ts[i] < stop
         while ts[i] >= stop:
             stop += width
-        if (
-            i > 0
-            and same_bar
-            and trade_id[i - 1] >= 0
-            and trade_id[i] == trade_id[i - 1] + 1
-            and ts_exch[i] == ts_exch[i - 1]
-            and side[i] == side[i - 1]
-            and side[i] <= 1
-        ):
-            if out_notional[n - 1] > LARGEST_NOTIONAL - notional[i]:
+        if i > 0 and same_bar and follows(ts_exch, side, trade_id, i):
+            if passes(out_notional[n - 1], notional[i]):
                 return -1 - i
             out_notional[n - 1] += notional[i]
         else:
@@ -158,78 +238,71 @@ def merge_orders(ts, ts_exch, side, trade_id, notional, start, width, out_ts, ou
     return n
 
 
-@njit(cache=True, nogil=True, inline="always")
-def _add(halves, value):
-    halves[0] += value >> 32
-    halves[1] += value & 0xFFFFFFFF
+@_pass
+def _bar_end(ts, first, end):
+    """Number of the first row at or after a time, from row `first` on."""
+    return last_upto(ts, end - 1, first, len(ts)) + 1
 
 
-@njit(cache=True, nogil=True)
+@_pass
 def bar_prices(ts, price, qty, start, width, prices, size):
     """First, highest, lowest and last price, and size, per bar of trades in order of time.
 
-    Writes `prices` (n_bars, 4), which holds 0 where nothing traded, and adds to `size` (n_bars, 2) in
-    halves.
+    Writes `prices` (n_bars, 4) of the bars where anything traded, and adds to `size` (n_bars, 2) in halves.
     """
-    b, stop = 0, start + width
-    for i in range(len(ts)):
-        while ts[i] >= stop:
-            b += 1
-            stop += width
-        p = price[i]
-        if prices[b, 0] == 0:
-            prices[b, 0], prices[b, 1], prices[b, 2] = p, p, p
-        prices[b, 1] = max(prices[b, 1], p)
-        prices[b, 2] = min(prices[b, 2], p)
-        prices[b, 3] = p
-        _add(size[b], qty[i])
+    stop = 0
+    for b in range(len(size)):
+        first, stop = stop, _bar_end(ts, stop, start + (b + 1) * width)
+        if first == stop:
+            continue
+        highest, lowest, high, low = extent(price, qty, first, stop, 1)
+        prices[b, 0], prices[b, 1], prices[b, 2], prices[b, 3] = (
+            price[first],
+            highest,
+            lowest,
+            price[stop - 1],
+        )
+        size[b, 0] += high
+        size[b, 1] += low
 
 
-@njit(cache=True, nogil=True)
-def bar_flow(ts, side, notional, start, width, count, sums, largest):
-    """Count, notional by side, and largest notionals per bar of rows in order of time.
+@_pass
+def bar_largest(ts, notional, start, width, largest):
+    """Largest notionals per bar of rows in order of time: `largest` (n_bars, N_LARGEST), falling.
 
-    Adds to `count` (n_bars,) and to `sums` (n_bars, 3, 2): buys, sells and unknown in halves.  Writes
-    `largest` (n_bars, 5): the largest notionals, falling, 0 where there are fewer.
+    `largest` holds 0, and still does so where there are fewer.
     """
-    b, stop = 0, start + width
-    for i in range(len(ts)):
-        while ts[i] >= stop:
-            b += 1
-            stop += width
-        a = notional[i]
-        count[b] += 1
-        _add(sums[b, min(side[i], 2)], a)
-        if a > largest[b, 4]:
-            j = 4
-            while j > 0 and a > largest[b, j - 1]:
-                largest[b, j] = largest[b, j - 1]
-                j -= 1
-            largest[b, j] = a
+    stop = 0
+    for b in range(len(largest)):
+        first, stop = stop, _bar_end(ts, stop, start + (b + 1) * width)
+        for i in range(first, stop):
+            insert(largest[b], notional[i])
 
 
-@njit(cache=True, nogil=True)
-def class_flow(ts, side, notional, start, width, large_from, small_to, count, sums):
-    """Large and small flow per bar: large if notional >= large_from[bar], small if <= small_to[bar].
+@_pass
+def class_flow(ts, side, notional, start, width, least, most, count, sums):
+    """Count and notional by side of each class of sizes, per bar of rows in order of time.
 
-    Adds to `count` (n_bars, 2): large and small rows of any side, and to `sums` (n_bars, 2, 3, 2):
-    notional of large and small, by buys, sells and unknown, in halves.
+    Class c of bar b has the rows with least[c, b] <= notional <= most[c, b]; a row may be in many.  Adds to
+    `count` (n_classes, n_bars) and to `sums` (n_classes, n_bars, 3, 2): buys, sells and unknown in halves.
     """
-    b, stop = 0, start + width
-    for i in range(len(ts)):
-        while ts[i] >= stop:
-            b += 1
-            stop += width
-        a, s = notional[i], min(side[i], 2)
-        # Multiplying by 0 or 1 instead of branching: sizes and sides are as random as coins.
-        large, small = np.int64(a >= large_from[b]), np.int64(a <= small_to[b])
-        count[b, 0] += large
-        count[b, 1] += small
-        _add(sums[b, 0, s], a * large)
-        _add(sums[b, 1, s], a * small)
+    stop = 0
+    for b in range(count.shape[1]):
+        first, stop = stop, _bar_end(ts, stop, start + (b + 1) * width)
+        for c in range(len(count)):
+            n, buy_high, buy_low, sell_high, sell_low, other_high, other_low = class_sums(
+                side, notional, first, stop, 1, least[c, b], most[c, b]
+            )
+            count[c, b] += n
+            sums[c, b, 0, 0] += buy_high
+            sums[c, b, 0, 1] += buy_low
+            sums[c, b, 1, 0] += sell_high
+            sums[c, b, 1, 1] += sell_low
+            sums[c, b, 2, 0] += other_high
+            sums[c, b, 2, 1] += other_low
 
 
-@njit(cache=True, nogil=True)
+@_pass
 def trailing_z(x, window, least, out):
     """z-score of every value against the `window` values before it, itself not among them, ddof = 1.
 

@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, floor
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from clusterlob_gpu import flow_kernels
+from clusterlob_gpu.backend import CPU, Backend
 from clusterlob_gpu.errors import LakeError
 from clusterlob_gpu.flow_kernels import N_BINS, SUB_BINS
 from clusterlob_gpu.schema import US_PER_DAY
@@ -61,11 +61,14 @@ class ThresholdRule:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A day's notionals in order of time, ready to be counted in any window."""
+    """A day's notionals in order of time, ready to be counted in any window.
 
-    notional: np.ndarray
+    One value per notional is an array of the backend, the rest is the host's.
+    """
+
+    notional: Any
     """(n,) int64."""
-    bins: np.ndarray
+    bins: Any
     """(n,) uint16: `flow_kernels.size_bin` of each."""
     totals: np.ndarray
     """(N_BINS,) int64: notionals per bin."""
@@ -81,7 +84,7 @@ def phases(width: int, windows: Sequence[int]) -> list[int]:
 
 
 def day_sizes(
-    ts: np.ndarray, notional: np.ndarray, *, start: int, width: int, windows: Sequence[int]
+    ts: Any, notional: Any, *, start: int, width: int, windows: Sequence[int], on: Backend = CPU
 ) -> Sizes:
     """Sizes of the trades or orders of the day that begins at `start`, given in order of time (us).
 
@@ -89,16 +92,17 @@ def day_sizes(
     negative notional.
     """
     if len(notional) and notional.min() < 0:
-        at = int(np.argmax(notional < 0))
+        at = int(on.xp.argmax(notional < 0))
         raise LakeError(
-            f"trade {at} of the day at ts_local_us = {ts[at]}: notional {notional[at]} is negative; "
-            "prices and sizes must not be, ingest the day again"
+            f"trade {at} of the day at ts_local_us = {int(ts[at])}: notional {int(notional[at])} is "
+            "negative; prices and sizes must not be, ingest the day again"
         )
     bars = np.arange(start, start + US_PER_DAY, width, dtype=np.int64)
     times = (bars[:, None] + np.array(phases(width, windows), np.int64)).ravel()
-    bins, totals = np.empty(len(notional), np.uint16), np.zeros(N_BINS, np.int64)
-    flow_kernels.bin_sizes(notional, bins, totals)
-    return Sizes(notional, bins, totals, times, np.searchsorted(ts, times).astype(np.int64))
+    bins, totals = on.xp.empty(len(notional), np.uint16), np.zeros(N_BINS, np.int64)
+    on.flow_kernels.bin_sizes(notional, bins, totals)
+    rows = on.to_host(on.xp.searchsorted(ts, on.xp.asarray(times))).astype(np.int64)
+    return Sizes(notional, bins, totals, times, rows)
 
 
 @dataclass(frozen=True)
@@ -144,27 +148,29 @@ class _Search:
     """(n_windows, 2 n_quantiles): least key among which `rank` counts."""
     rank: np.ndarray
 
-    def advance(self, key: np.ndarray, rows: np.ndarray, count: np.ndarray) -> None:
+    def advance(self, key: Any, rows: np.ndarray, count: np.ndarray, on: Backend) -> None:
         """Replace first and rank by the key that holds each rank, and the rank within it.
 
         `rows` is where the edges lie in `key`, `count` the rows per key in the first window.
         """
         rank = self.rank.copy()
-        flow_kernels.sliding_ranks(
+        on.flow_kernels.sliding_ranks(
             key, rows[self.low], rows[self.high], self.first, rank, count, self.first, self.rank
         )
 
-    def advance_all(self, key: np.ndarray, rows: np.ndarray, n_keys: int) -> None:
+    def advance_all(self, key: Any, rows: np.ndarray, n_keys: int, on: Backend) -> None:
         """`advance`, counting the first window row by row."""
         within = key[rows[self.low[0]] : rows[self.high[0]]]
-        self.advance(key, rows, np.bincount(within, minlength=n_keys))
+        self.advance(key, rows, on.to_host(on.xp.bincount(within, minlength=n_keys)), on)
 
     def restart(self, number: np.ndarray, least: np.ndarray) -> None:
         """Pass on to finer keys: key k holds those from least[number[k]] on."""
         self.first = np.where(self.rank >= 0, least[np.maximum(number[self.first], 0)], 0)
 
 
-def day_cuts(days: Mapping[int, Sizes], start: int, rule: ThresholdRule) -> dict[int, Cuts]:
+def day_cuts(
+    days: Mapping[int, Sizes], start: int, rule: ThresholdRule, *, on: Backend = CPU
+) -> dict[int, Cuts]:
     """Thresholds of the bars of the day that begins at `start`, by window length.
 
     quantile q of the n notionals x_0 <= ... <= x_(n-1) of the window: with h = (n - 1) q and
@@ -177,7 +183,7 @@ def day_cuts(days: Mapping[int, Sizes], start: int, rule: ThresholdRule) -> dict
     rows = _edges([(sizes.rows, len(sizes.notional)) for _, sizes in held])
     ends = rule.times(start)
     searches = {window: _search(ends, window, times, rows, days, rule) for window in rule.windows}
-    values = _values([sizes for _, sizes in held], rows, list(searches.values()))
+    values = _values([sizes for _, sizes in held], rows, list(searches.values()), on)
     return {
         window: _cuts(start, search, found, rule)
         for (window, search), found in zip(searches.items(), values, strict=True)
@@ -206,37 +212,39 @@ def _search(
     return _Search(low, high, n, np.zeros_like(rank), rank)
 
 
-def _values(days: list[Sizes], rows: np.ndarray, searches: list[_Search]) -> list[np.ndarray]:
+def _values(days: list[Sizes], rows: np.ndarray, searches: list[_Search], on: Backend) -> list[np.ndarray]:
     """The notional at every wanted rank, (n_windows, 2 n_quantiles) int64 per search; 0 where none is."""
-    bins = _end_to_end([sizes.bins for sizes in days], np.uint16)
+    bins = _end_to_end([sizes.bins for sizes in days], np.uint16, on)
     for search in searches:
-        search.advance(bins, rows, _bin_counts(days, rows[search.low[0]], rows[search.high[0]]))
+        counts = _bin_counts(days, rows[search.low[0]], rows[search.high[0]], on)
+        search.advance(bins, rows, counts, on)
     marked, number = _numbers(searches, N_BINS)
     if not len(marked):
         return [search.first for search in searches]
 
-    kept = [_keep(sizes.bins, sizes.notional, number, sizes.rows) for sizes in days]
-    bins = _end_to_end([part for part, _, _ in kept], np.uint16)
-    size = _end_to_end([part for _, part, _ in kept], np.int64)
+    kept = [_keep(sizes.bins, sizes.notional, number, sizes.rows, on) for sizes in days]
+    bins = _end_to_end([part for part, _, _ in kept], np.uint16, on)
+    size = _end_to_end([part for _, part, _ in kept], np.int64, on)
     rows = _edges([(edges, len(part)) for part, _, edges in kept])
-    key = np.empty(len(size), np.int64)
-    flow_kernels.sub_keys(size, bins, number, key)
+    key = on.xp.empty(len(size), np.int64)
+    on.flow_kernels.sub_keys(size, bins, number, key)
     for search in searches:
         search.restart(number, np.arange(len(marked)) * SUB_BINS)
-        search.advance_all(key, rows, len(marked) * SUB_BINS)
+        search.advance_all(key, rows, len(marked) * SUB_BINS, on)
 
     marked, number = _numbers(searches, len(marked) * SUB_BINS)
-    key, size, rows = _keep(key, size, number, rows)
-    distinct, example, place = np.unique(size, return_index=True, return_inverse=True)
+    key, size, rows = _keep(key, size, number, rows, on)
+    distinct, example, place = on.xp.unique(size, return_index=True, return_inverse=True)
+    # Keys rise with the size, so the distinct sizes of a key are neighbours.
+    least, distinct = np.searchsorted(on.to_host(key[example]), marked), on.to_host(distinct)
     for search in searches:
-        # Keys rise with the size, so the distinct sizes of a key are neighbours.
-        search.restart(number, np.searchsorted(key[example], marked))
-        search.advance_all(place, rows, len(distinct))
+        search.restart(number, least)
+        search.advance_all(place, rows, len(distinct), on)
     return [distinct[search.first] for search in searches]
 
 
-def _end_to_end(parts: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype), *parts])
+def _end_to_end(parts: list[Any], dtype: type, on: Backend) -> Any:
+    return on.xp.concatenate([on.xp.empty(0, dtype), *parts])
 
 
 def _edges(parts: list[tuple[np.ndarray, int]]) -> np.ndarray:
@@ -246,7 +254,7 @@ def _edges(parts: list[tuple[np.ndarray, int]]) -> np.ndarray:
     return np.concatenate([*moved, ends[-1:]])
 
 
-def _bin_counts(days: list[Sizes], low: int, high: int) -> np.ndarray:
+def _bin_counts(days: list[Sizes], low: int, high: int, on: Backend) -> np.ndarray:
     """Notionals per bin among the rows [low, high) of the days end to end."""
     count, at = np.zeros(N_BINS, np.int64), 0
     for sizes in days:
@@ -255,7 +263,7 @@ def _bin_counts(days: list[Sizes], low: int, high: int) -> np.ndarray:
         if first == 0 and last == n:
             count += sizes.totals
         elif first < last:
-            count += np.bincount(sizes.bins[first:last], minlength=N_BINS)
+            count += on.to_host(on.xp.bincount(sizes.bins[first:last], minlength=N_BINS))
         at += n
     return count
 
@@ -269,11 +277,11 @@ def _numbers(searches: list[_Search], n_keys: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _keep(
-    key: np.ndarray, size: np.ndarray, number: np.ndarray, rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    key: Any, size: Any, number: np.ndarray, rows: np.ndarray, on: Backend
+) -> tuple[Any, Any, np.ndarray]:
     """Rows whose key has a number, and where the edges fall among them."""
-    kept_key, kept_size, kept_rows = np.empty_like(key), np.empty_like(size), np.empty_like(rows)
-    n = flow_kernels.keep_marked(key, size, number, rows, kept_key, kept_size, kept_rows)
+    kept_key, kept_size, kept_rows = on.xp.empty_like(key), on.xp.empty_like(size), np.empty_like(rows)
+    n = on.flow_kernels.keep_marked(key, size, number, rows, kept_key, kept_size, kept_rows)
     return kept_key[:n].copy(), kept_size[:n].copy(), kept_rows
 
 

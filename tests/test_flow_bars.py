@@ -37,7 +37,7 @@ from clusterlob_gpu.flow_bars import (
     rolled_columns,
     trade_takers,
 )
-from clusterlob_gpu.lake.native import numeric_ids
+from clusterlob_gpu.lake.decode import numeric_ids
 from clusterlob_gpu.schema import NO_ID, Trades
 from clusterlob_gpu.thresholds import NEVER_LARGE, NEVER_SMALL, ThresholdRule, day_cuts, day_sizes
 
@@ -90,7 +90,8 @@ def table_of(fills: Sequence[Fill], held: Sequence[int], wanted: Sequence[int], 
         cuts = day_cuts(touched, start, rule.thresholds)[window]
         trades, takers = days[day]
         bars = day_bars(trades, takers, start=start, width=rule.width)
-        classes = day_classes(takers, cuts.large_from(Q85), cuts.small_to(Q50), start=start, width=rule.width)
+        bounds = [(cuts.large_from(Q85), cuts.small_to(Q50))]
+        classes = day_classes(takers, bounds, start=start, width=rule.width)[0]
         tables.append(bar_table(bars, classes, start=start, width=rule.width, **UNITS))
     return pd.concat(tables, ignore_index=True)
 
@@ -217,8 +218,8 @@ def one_day(fills: Sequence[Fill], large_from: int, small_to: int, unit: str = "
     width = DAY // 2
     rule = Rule(unit, width, ThresholdRule(width, (DAY,), (Q85, Q50)))
     trades, takers = takers_of(fills, 0, rule)
-    bounds = (np.full(2, value, np.int64) for value in (large_from, small_to))
-    classes = day_classes(takers, *bounds, start=0, width=width)
+    bounds = np.full(2, large_from), np.full(2, small_to)
+    classes = day_classes(takers, [bounds], start=0, width=width)[0]
     return bar_table(day_bars(trades, takers, start=0, width=width), classes, start=0, width=width, **UNITS)
 
 
@@ -441,7 +442,7 @@ def test_bars__million_trades__time() -> None:
     started = time.perf_counter()
     takers = trade_takers(trades)
     bars = day_bars(trades, takers, start=0, width=width)
-    classes = day_classes(takers, *bounds, start=0, width=width)
+    classes = day_classes(takers, [bounds], start=0, width=width)[0]
     table = bar_table(bars, classes, start=0, width=width, **UNITS)
     assert time.perf_counter() - started < 0.5
     assert table["trade_count"].sum() == n
