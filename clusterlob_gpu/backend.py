@@ -191,22 +191,28 @@ def of(name: Name) -> Backend:
 
 
 def _gpu() -> Backend:
+    missing = _why_no_gpu()
+    if missing is not None:
+        raise InputError(f"the gpu backend: {missing}; install it, or use --backend cpu")
     cudf, cupy, rmm = (import_module(name) for name in ("cudf", "cupy", "rmm"))
     if type(rmm.mr.get_current_device_resource()) is rmm.mr.CudaMemoryResource:
         # Nobody has set up a pool: the driver's own spares a call of cudaMalloc for every array.
         rmm.mr.set_current_device_resource(rmm.mr.CudaAsyncMemoryResource())
-    allocator = import_module("rmm.allocators.cupy").rmm_cupy_allocator
-    cupy.cuda.set_allocator(allocator)
+    cupy.cuda.set_allocator(import_module("rmm.allocators.cupy").rmm_cupy_allocator)
     names = ("device_kernels", "device_flow_kernels", "lake.device_decode")
     rooms: list[Any] = [import_module(f"clusterlob_gpu.{name}") for name in names]
     return _Gpu(cupy, cudf, *rooms)
 
 
-def choose(asked: str) -> Name:
-    """Backend of a run; `auto` is gpu where RAPIDS and a device answer.  Raises InputError where gpu does not."""
-    if asked == "cpu":
+def choose(asked: str, gpus: bool | None = None) -> Name:
+    """Backend of a run whose workers have GPUs or not; None: they have what this machine has.
+
+    `auto` is gpu where there are some.  Raises InputError where gpu is asked for and this machine has none;
+    workers elsewhere say so themselves.
+    """
+    if asked == "cpu" or (asked == "auto" and gpus is False):
         return "cpu"
-    missing = _why_no_gpu()
+    missing = _why_no_gpu() if gpus is None else None
     if missing is None:
         return "gpu"
     if asked == "gpu":
@@ -218,7 +224,7 @@ def _why_no_gpu() -> str | None:
     """What is missing for the GPU; None where it is there."""
     absent = [name for name in ("cupy", "cudf", "cuml", "rmm") if find_spec(name) is None]
     if absent:
-        return f"{', '.join(absent)} not installed: install the extra gpu-cu13 or gpu-cu12 of clusterlob_gpu"
+        return f"{', '.join(absent)} not installed (extra gpu-cu13 or gpu-cu12 of clusterlob_gpu)"
     try:
         devices = import_module("cupy").cuda.runtime.getDeviceCount()
     except Exception as error:  # a driver that is too old, or none at all

@@ -207,6 +207,13 @@ def fit_merged(task: tuple[FitJob, Bounds, np.ndarray]) -> Fit:
     return clustering.fit_merged(bounds.clip(rows, on), centres, on)
 
 
+def clipped_rows(task: tuple[TrainDay, Bounds]) -> Any:
+    """Training rows of a day as cuML wants them: (n, 6) float32 on the device, clipped, none with a NaN."""
+    train, bounds = task
+    on = train.job.on
+    return on.xp.ascontiguousarray(bounds.clip(clustering.known_rows(train.z(), on), on).T)
+
+
 Share = tuple[TrainDay, Bounds, np.ndarray]
 """What one fit asks of one of its days in one pass: rows, bounds and centroids."""
 

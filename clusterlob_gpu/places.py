@@ -59,6 +59,11 @@ class Place(_Model):
     def memory_per_worker(self) -> int | None:
         return None
 
+    @property
+    def gpus_there(self) -> bool | None:
+        """Whether the workers have a GPU each; None where they have what this machine has."""
+        return None
+
     def memory_for(self, base: int, task: int) -> int:
         """Bytes of a worker that takes `base` by itself and `task` for each task that it runs at once."""
         return base + task * int(getattr(self, "threads_per_worker", 1))
@@ -171,6 +176,10 @@ class CudaPlace(_Gpus, DaskPlace):
             return self.memory_limit
         return machine_memory() // self.n_workers
 
+    @property
+    def gpus_there(self) -> bool:
+        return True
+
     def describe(self) -> str:
         return f"{self.n_workers or 'all'} local GPUs x {self.threads_per_worker} threads"
 
@@ -260,6 +269,10 @@ class SlurmPlace(_Gpus, DaskPlace):
     @property
     def memory_per_worker(self) -> int:
         return self.memory // self.processes
+
+    @property
+    def gpus_there(self) -> bool:
+        return self.worker_command == "dask_cuda.cli"
 
     def describe(self) -> str:
         jobs = f"{self.max_jobs}" if self.min_jobs == self.max_jobs else f"{self.min_jobs} to {self.max_jobs}"
@@ -377,6 +390,10 @@ class KubernetesPlace(_Gpus, DaskPlace):
     def memory_per_worker(self) -> int:
         return self.memory
 
+    @property
+    def gpus_there(self) -> bool:
+        return self.worker_command == "dask cuda worker"
+
     def describe(self) -> str:
         least, most = self.workers
         pods = f"{most}" if least == most else f"{least} to {most}"
@@ -406,6 +423,10 @@ class ConnectPlace(DaskPlace):
     tls: Tls | None = None
 
     where_to_look: ClassVar[str] = "whether workers are connected to the scheduler"
+
+    @property
+    def gpus_there(self) -> bool:
+        return False  # as far as anyone knows: --backend gpu says otherwise
 
     def describe(self) -> str:
         return f"workers of {self.address}"

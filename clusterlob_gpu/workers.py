@@ -18,6 +18,8 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
+
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.errors import ClusterlobError, InputError, LakeError, TasksFailed, WorkerLostError
 from clusterlob_gpu.places import (
@@ -45,6 +47,14 @@ Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
 """Called with (stage, tasks done, tasks in all)."""
 
+Home = Callable[[Any], str | None]
+"""Where an item is at home: what a worker holds of the tasks before, it holds for this name."""
+
+
+def nowhere(_: Any) -> None:
+    """Home of items that are as well off anywhere."""
+
+
 _LIBRARIES = (*COMPUTING, "distributed")
 """Libraries whose version may change a value or how a task travels."""
 
@@ -58,12 +68,27 @@ class Workers(Protocol):
     name: str
     progress: Progress
 
-    def map(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Results of `function` over `items`, in order.
+    def map(
+        self,
+        stage: str,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        home: Home = nowhere,
+    ) -> list[Result]:
+        """Results of `function` over `items`, in order; items of one `home` go to one worker if they can.
 
         An item that fails by its own fault (LakeError, MemoryError, a worker that dies of it) stops no
         other: all run to their end, then TasksFailed is raised.  Any other error is raised at once, and
         what waits is not begun.
+        """
+        ...
+
+    def kmeans(
+        self, rows: Callable[[Item], Any], items: Sequence[Item], centroids: np.ndarray, most_passes: int
+    ) -> np.ndarray:
+        """Centres (k, 6) that cuML finds from given ones over the device arrays that `rows` makes of items.
+
+        Raises InputError where there are no Dask workers with GPUs.
         """
         ...
 
@@ -127,7 +152,13 @@ class _Threads:
         self.pool, self.progress = pool, progress
         self.name = place.describe()
 
-    def map(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    def map(
+        self,
+        stage: str,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        home: Home = nowhere,  # noqa: ARG002 - all threads share their memory
+    ) -> list[Result]:
         self.progress(stage, 0, len(items))
         outcomes = _Outcomes[Result](stage, len(items))
         index: dict[Future[Result], int] = {
@@ -145,6 +176,15 @@ class _Threads:
                 future.cancel()
         return outcomes.in_order()
 
+    def kmeans(
+        self,
+        rows: Callable[[Item], Any],  # noqa: ARG002
+        items: Sequence[Item],  # noqa: ARG002
+        centroids: np.ndarray,  # noqa: ARG002
+        most_passes: int,  # noqa: ARG002
+    ) -> np.ndarray:
+        raise InputError("engine = 'cuml_dask': needs Dask workers with GPUs, such as --workers local_cuda")
+
 
 # ---- Dask -------------------------------------------------------------------------------------------
 
@@ -155,6 +195,8 @@ class _Dask:
     def __init__(self, running: ExitStack, place: DaskPlace, progress: Progress) -> None:
         self.running, self.place, self.progress = running, place, progress
         self.name = place.describe()
+        self._homes: dict[str, str] = {}
+        """Address of the worker that has last worked for a home."""
 
     @cached_property
     def client(self) -> Any:
@@ -180,39 +222,106 @@ class _Dask:
             _check_workers(client)
         return client
 
-    def map(self, stage: str, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    def map(
+        self,
+        stage: str,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        home: Home = nowhere,
+    ) -> list[Result]:
         self.progress(stage, 0, len(items))
         if not items:
             return []
         outcomes = _Outcomes[Result](stage, len(items))
         with self._scheduler_watched(self.client):
-            self._compute(outcomes, function, dict(enumerate(items)))
+            self._compute(outcomes, function, dict(enumerate(items)), home)
             if self.place.threads_per_worker > 1:
                 # Tasks that share a worker share its memory and its end: alone, only who is at fault fails.
                 for index in outcomes.lost:
-                    self._compute(outcomes, function, {index: items[index]})
+                    self._compute(outcomes, function, {index: items[index]}, home)
         return outcomes.in_order()
 
     def _compute(
-        self, outcomes: _Outcomes[Result], function: Callable[[Item], Result], items: Mapping[int, Item]
+        self,
+        outcomes: _Outcomes[Result],
+        function: Callable[[Item], Result],
+        items: Mapping[int, Item],
+        home: Home,
     ) -> None:
         """Add the outcomes of some items of a stage, given by their index."""
         from distributed import as_completed
 
         client, stage = self.client, outcomes.stage
-        task = _Task(function, environment())
-        futures = client.map(task, list(items.values()), pure=False, key=stage.replace(" ", "-"))
-        waiting = dict(zip(futures, items, strict=True))
-        del futures
+        waiting = self._submitted(stage, function, items, home)
         try:
             for future in as_completed(waiting, loop=client.loop):
-                outcomes.add(waiting.pop(future), partial(_result, stage, future))
+                index = waiting.pop(future)
+                outcomes.add(index, partial(self._result, stage, future, home(items[index])))
                 # What has been fetched is let go, or Dask would compute it again for a lost worker.
                 future.release()
                 self.progress(stage, outcomes.done, outcomes.n_items)
         finally:
             if client.status == "running":
                 client.cancel(list(waiting), force=True)
+
+    def _submitted(
+        self, stage: str, function: Callable[[Item], Any], items: Mapping[int, Item], home: Home
+    ) -> dict[Any, int]:
+        """Futures of items, by index; those whose home has a worker are sent there if it is still alive."""
+        task, groups = _Task(function, environment()), dict[str | None, list[int]]()
+        for index, item in items.items():
+            groups.setdefault(self._homes.get(home(item) or ""), []).append(index)
+        waiting: dict[Any, int] = {}
+        for address, group in groups.items():
+            where = {} if address is None else {"workers": [address], "allow_other_workers": True}
+            held = [items[index] for index in group]
+            futures = self.client.map(task, held, pure=False, key=stage.replace(" ", "-"), **where)
+            waiting |= zip(futures, group, strict=True)
+        return waiting
+
+    def _result(self, stage: str, future: Any, home: str | None) -> Any:
+        """Result of a finished task; a task that took all its workers down raises WorkerLostError."""
+        from distributed.scheduler import KilledWorker
+
+        try:
+            worker, result = future.result()
+        except KilledWorker as error:
+            raise WorkerLostError(
+                f"{stage}: the worker of a task died {error.allowed_failures + 1} times; "
+                "its memory limit may be too small"
+            ) from None
+        if home is not None:
+            self._homes[home] = worker
+        return result
+
+    def kmeans(
+        self, rows: Callable[[Item], Any], items: Sequence[Item], centroids: np.ndarray, most_passes: int
+    ) -> np.ndarray:
+        cluster = import_extra("cuml.dask.cluster", "gpu-cu13")
+        from dask import array
+        from dask.delayed import delayed
+
+        task = _Task(rows, environment())
+        with self._scheduler_watched(self.client):
+            parts = [delayed(_second)(future) for future in self.client.map(task, items, pure=False)]
+            parts = self.client.persist(parts)
+            lengths = self.client.gather(self.client.compute([delayed(len)(part) for part in parts]))
+            blocks = [
+                array.from_delayed(part, (length, centroids.shape[1]), np.float32)
+                for part, length in zip(parts, lengths, strict=True)
+            ]
+            model = cluster.KMeans(
+                client=self.client,
+                n_clusters=len(centroids),
+                init=centroids.astype(np.float32),
+                n_init=1,
+                max_iter=most_passes,
+                tol=1e-6,
+            )
+            model.fit(array.concatenate(blocks))
+        centres = model.cluster_centers_
+        found: np.ndarray = centres.get() if hasattr(centres, "get") else np.asarray(centres)
+        return found.astype(np.float64)
 
     @contextmanager
     def _scheduler_watched(self, client: Any) -> Iterator[None]:
@@ -232,17 +341,8 @@ class _Dask:
             ) from None
 
 
-def _result(stage: str, future: Any) -> Any:
-    """Result of a finished task; a task that took all its workers down raises WorkerLostError."""
-    from distributed.scheduler import KilledWorker
-
-    try:
-        return future.result()
-    except KilledWorker as error:
-        raise WorkerLostError(
-            f"{stage}: the worker of a task died {error.allowed_failures + 1} times; "
-            "its memory limit may be too small"
-        ) from None
+def _second(pair: tuple[Any, Any]) -> Any:
+    return pair[1]
 
 
 def _start(running: ExitStack, place: DaskPlace) -> Any:
@@ -434,9 +534,11 @@ class _Task(Generic[Item, Result]):
     function: Callable[[Item], Result]
     environment: Mapping[str, str]
 
-    def __call__(self, item: Item) -> Result:
+    def __call__(self, item: Item) -> tuple[str, Result]:
+        """Address of the worker, and what the function gives."""
         from distributed import get_worker
 
+        address: str = get_worker().address
         if self.environment != environment():
-            _require_same(f"worker {get_worker().address}", self.environment, environment())
-        return self.function(item)
+            _require_same(f"worker {address}", self.environment, environment())
+        return address, self.function(item)

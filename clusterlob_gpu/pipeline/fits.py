@@ -39,8 +39,9 @@ def _fit(jobs: Sequence[FitJob], stages: Stages) -> list[Fitted | InputError]:
     begun = _starts(jobs, bounds, stages)
     starts = {n: start for n, start in enumerate(begun) if not isinstance(start, InputError)}
     merged = [n for n in starts if jobs[n].config.engine in _MERGED]
-    passed = [n for n in starts if jobs[n].config.engine not in _MERGED]
-    fits: dict[int, Fit] = {}
+    spread = [n for n in starts if jobs[n].config.engine == "cuml_dask"]
+    passed = [n for n in starts if n not in (*merged, *spread)]
+    fits = {n: _spread_fit(jobs[n], bounds[n], starts[n], stages) for n in spread}
     tasks = [(jobs[n], bounds[n], starts[n]) for n in merged]
     fits |= zip(merged, stages.map("fit", cluster_days.fit_merged, tasks), strict=True)
     together = clustering.lloyd_together(
@@ -57,6 +58,15 @@ def _fit(jobs: Sequence[FitJob], stages: Stages) -> list[Fitted | InputError]:
             stages.count("fit", fitted.made)
             done.append(fitted)
     return done
+
+
+def _spread_fit(job: FitJob, bounds: Bounds, start: np.ndarray, stages: Stages) -> Fit:
+    """cuML's fit over the GPUs of all workers; counts and inertia are those of one more pass of ours."""
+    rows = [(day, bounds) for day in job.train]
+    centres = stages.workers.kmeans(cluster_days.clipped_rows, rows, start, clustering.MAX_PASSES)
+    last = _one_pass([job], [bounds], stages)({0: centres})[0]
+    counts = np.sum([part.counts for part in last], axis=0)
+    return Fit(centres, counts, float(np.sum([part.inertia for part in last])), 0, True)
 
 
 def _one_pass(

@@ -65,7 +65,7 @@ class Stages:
 
     def map(self, stage: str, function: Callable[[Item], Result], tasks: Sequence[Item]) -> list[Result]:
         """Results of tasks that leave no artefact, in order."""
-        return self.workers.map(stage, function, tasks) if tasks else []
+        return self.workers.map(stage, function, tasks, _home) if tasks else []
 
     def make(
         self,
@@ -174,6 +174,15 @@ def _job(task: Any) -> Any:
     if isinstance(task, tuple):
         return task[0]
     return getattr(task, "job", task)
+
+
+def _home(task: Any) -> str | None:
+    """The day of a task whose trades stay in a worker's memory, so that its next task finds them there."""
+    while isinstance(task, (tuple, list)):
+        task = task[0]
+    job = getattr(task, "job", task)
+    at_home = getattr(job, "backend", "cpu") == "gpu"
+    return f"{job.symbol_folder} {job.day}" if at_home else None
 
 
 def _about(job: Any, error: Exception) -> ClusterlobError:
