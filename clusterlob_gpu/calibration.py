@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.signal import lfilter
-from scipy.stats import norm
 
 from clusterlob_gpu.evaluation import LEVEL, Signal, Target, ic_table, long_run_sum
+from clusterlob_gpu.plain_statistics import two_sided
 from clusterlob_gpu.schema import US_PER_DAY
 
 Floats = NDArray[np.float64]
@@ -74,7 +74,7 @@ def _rejects(x: Floats, y: Floats, lags: int) -> bool:
     n = len(x)
     meat = long_run_sum(x * residual, lags) if lags else (residual @ residual / n) * (x @ x)
     error = np.sqrt(meat * n / (n - 2)) / (x @ x)
-    return bool(2 * norm.sf(abs(slope / error)) < LEVEL)
+    return two_sided(float(slope / error)) < LEVEL
 
 
 def rejection_rates(found: Iterable[dict[str, dict[str, bool]]]) -> dict[str, dict[str, float]]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import false_discovery_control
 
 from clusterlob_gpu.evaluation import (
     LEVEL,
@@ -32,8 +31,8 @@ from clusterlob_gpu.evaluation import (
     paired_difference,
     percentile_interval,
     ratio,
-    two_sided,
 )
+from clusterlob_gpu.plain_statistics import false_discovery, two_sided
 
 MIN_SPANS = 20
 """Slices that hold fewer stretches of r + H - 1 buckets than this are thin: on null markets of 5 days their
@@ -129,7 +128,7 @@ def judge_differences(table: pd.DataFrame) -> pd.DataFrame:
     p_fdr = np.full(len(table), np.nan)
     tested = np.isfinite(p) & ~thin
     if tested.any():
-        p_fdr[tested] = false_discovery_control(p[tested])
+        p_fdr[tested] = false_discovery(p[tested])
     sure = p_fdr < LEVEL
     verdict = np.select(
         [thin, sure & (table["diff_low"] > 0), sure & (table["diff_high"] < 0)],

@@ -19,9 +19,15 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import false_discovery_control, norm, rankdata
 
 from clusterlob_gpu.errors import InputError
+from clusterlob_gpu.plain_statistics import (
+    average_ranks,
+    circular_block,
+    false_discovery,
+    normal_quantile,
+    two_sided,
+)
 from clusterlob_gpu.schema import ALL_CLUSTERS, US_PER_DAY
 
 Floats = NDArray[np.float64]
@@ -46,8 +52,8 @@ MIN_ROWS = 30
 """Fewer rows than this, or than 4H, make a test thin."""
 MIN_DAYS = 3
 """Fewer days than this give no statistics of daily ICs."""
-Z_95 = float(norm.ppf(1 - LEVEL / 2))
-Z_POWER = Z_95 + float(norm.ppf(0.8))
+Z_95 = normal_quantile(1 - LEVEL / 2)
+Z_POWER = Z_95 + normal_quantile(0.8)
 """Standard errors that an effect must measure to be found with 80 % power by a two-sided 5 % test."""
 SAME_TEST = ("experiment", "symbol", "cluster", "signal", "target", "n", "ic", "hac_p")
 """Columns by which one test of a sweep is known from another: equal in all, they are one measurement."""
@@ -101,7 +107,7 @@ class Pair:
     def ranked(self) -> Pair:
         """The same rows with average ranks for values."""
         x, y = np.zeros_like(self.x), np.zeros_like(self.y)
-        x[self.used], y[self.used] = rankdata(self.x[self.used]), rankdata(self.y[self.used])
+        x[self.used], y[self.used] = average_ranks(self.x[self.used]), average_ranks(self.y[self.used])
         return pair_of(np.where(self.used, x, np.nan), np.where(self.used, y, np.nan))
 
 
@@ -153,11 +159,6 @@ def ratio(a: float, b: float) -> float:
         return float(np.divide(a, b))
 
 
-def two_sided(t: float) -> float:
-    """Normal p of t."""
-    return float(2 * norm.sf(abs(t)))
-
-
 def capped(value: int, rows: int) -> int:
     """At most a quarter of the rows."""
     return min(value, rows // 4)
@@ -203,12 +204,10 @@ def _daily(pair: Pair, day: Ints) -> dict[str, float]:
 
 def block_length(pairs: Sequence[Pair], horizon: int) -> int:
     """One block for all signals of a target: their scores' longest optimal (circular) block, at least H."""
-    from arch.bootstrap import optimal_block_length  # more than a second of imports
-
     rows = len(pairs[0].x)
     series = [pair.scores() for pair in pairs if pair.usable and pair.n >= MIN_ROWS]
     # a perfect fit leaves scores of rounding size, on which the rule has nothing to say
-    optimal = [optimal_block_length(s)["circular"].iloc[0] for s in series if np.abs(s).max() > 1e-9]
+    optimal = [circular_block(s) for s in series if np.abs(s).max() > 1e-9]
     longest = max((int(np.ceil(b)) for b in optimal if np.isfinite(b)), default=1)
     return max(capped(max(horizon, longest), rows), 1)
 
@@ -468,7 +467,7 @@ def judge(table: pd.DataFrame) -> pd.DataFrame:
     tested = table["predictive"].to_numpy(bool) & table["hac_p"].notna().to_numpy() & ~thin
     p_fdr = np.full(len(table), np.nan)
     if tested.any():
-        p_fdr[tested] = false_discovery_control(table["hac_p"].to_numpy(np.float64)[tested])
+        p_fdr[tested] = false_discovery(table["hac_p"].to_numpy(np.float64)[tested])
     p = np.where(table["predictive"], p_fdr, table["hac_p"])
     sure = (p < LEVEL) & ~thin
     verdict = np.select(

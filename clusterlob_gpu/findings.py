@@ -10,11 +10,11 @@ import math
 
 import pandas as pd
 
-from clusterlob_gpu import page, pictures
+from clusterlob_gpu import page
 from clusterlob_gpu.config import format_duration, parse_duration
 from clusterlob_gpu.evaluation import Z_95, Z_POWER
-from clusterlob_gpu.pictures import SIDES, View
 from clusterlob_gpu.schema import ALL_CLUSTERS, US_PER_DAY
+from clusterlob_gpu.view import SIDES, View, distinct_targets
 
 HEADLINE_SIGNAL, HEADLINE_TARGET = "ofi_size", "frnb"
 """The pair for which the research log reports an IC."""
@@ -74,7 +74,7 @@ def _ic_words(view: View) -> list[str]:
     else:
         order = pd.DataFrame({"other": sure["signal"] != HEADLINE_SIGNAL, "small": -sure["ic"].abs()})
         best = sure.loc[order.sort_values(["other", "small"], kind="stable").index]
-        best = best[best["target"].isin(pictures.distinct_targets(rows))]
+        best = best[best["target"].isin(distinct_targets(rows))]
         listed = "; ".join(_one_ic(view, row) for _, row in best.head(5).iterrows())
         more = "; and others" if len(sure) > 5 else ""
         words.append(f"{len(sure)} of {tests} ICs differ from zero after {corrected}: {listed}{more}.")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +11,7 @@ from matplotlib.figure import Figure
 
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.flow_evaluation import LARGE, SMALL, TOTAL
+from clusterlob_gpu.flow_view import NAMES, FlowView, kind_name
 from clusterlob_gpu.pictures import (
     BAND,
     FAINT,
@@ -23,65 +22,18 @@ from clusterlob_gpu.pictures import (
     ic_bar,
     legend,
     offsets,
+    panel_title,
     plain,
 )
 
 COLOURS = {LARGE: "#cc6644", SMALL: "#4477aa", TOTAL: "#3c4450"}
-NAMES = {LARGE: "large", SMALL: "small", TOTAL: "total"}
 SUFFIXES = ("", "_sum_30m", "_sum_1h", "_sum_3h")
 _WHISKERS = "Whiskers: 95 % block bootstrap."
 _THIN = "Hollow: too thin to judge."
 
 
-@dataclass(frozen=True)
-class FlowView:
-    """The tables of one symbol and what is said of all of them."""
-
-    symbol: str
-    info: dict[str, Any]
-    """run.json"""
-    tables: dict[str, pd.DataFrame]
-    tests: dict[str, int]
-    """By table, the rows of all symbols together for which p was corrected."""
-
-    @property
-    def targets(self) -> list[str]:
-        """Targets by rising horizon."""
-        rows = self.tables["ic"].drop_duplicates("target")
-        return rows.sort_values("horizon_us", kind="stable")["target"].tolist()
-
-    @property
-    def target(self) -> str:
-        """The one that the run asks about: the longest horizon."""
-        return self.targets[-1]
-
-    @property
-    def horizon_us(self) -> int:
-        return int(self.tables["ic"]["horizon_us"].max())
-
-    def rows(self, table: str, **keys: object) -> pd.DataFrame:
-        """Rows of a table whose columns have these values."""
-        found = self.tables[table]
-        for name, value in keys.items():
-            found = found[found[name] == value]
-        return found
-
-
 def _title(view: FlowView, what: str, caption: str, height: float) -> Figure:
     return frame(f"{view.symbol}: {what}", caption, height)
-
-
-def signal_name(signal: str) -> str:
-    """Short text of a signal: `large, 3h sum`."""
-    for factor, name in NAMES.items():
-        if signal.startswith(factor):
-            rest = signal.removeprefix(factor).removeprefix("_")
-            return f"{name}, {_kind(rest)}" if rest else name
-    return signal.replace("_", " ")
-
-
-def _kind(suffix: str) -> str:
-    return f"{suffix.removeprefix('sum_')} sum" if suffix.startswith("sum_") else suffix
 
 
 def _point(axes: Axes, x: float, row: pd.Series, colour: str) -> None:
@@ -108,9 +60,10 @@ def ic_bars(view: FlowView) -> Figure:
                     label = NAMES[factor] if x == 0 else None
                     ic_bar(axes, x + shifts[factor], row, COLOURS[factor], width=0.2, band=0.26, label=label)
         plain(axes, "IC (Pearson)" if target == view.targets[0] else "")
-        axes.set_title(target, fontsize=9.5, loc="left")
+        panel_title(axes, target)
         kinds = [
-            _kind(suffix.removeprefix("_")) or f"one bar\n{view.info['config']['bar']}" for suffix in SUFFIXES
+            kind_name(suffix.removeprefix("_")) or f"one bar\n{view.info['config']['bar']}"
+            for suffix in SUFFIXES
         ]
         axes.set_xticks(range(len(SUFFIXES)), kinds, fontsize=8)
     legend(panels[-1], 3)
@@ -140,7 +93,7 @@ def ic_factors(view: FlowView) -> Figure:
         axes.axvline(0, color=INK, linewidth=0.9)
         axes.grid(axis="y", visible=False)
         axes.grid(axis="x", color=FAINT, linewidth=0.6)
-        axes.set_title(title, fontsize=9.5, loc="left")
+        panel_title(axes, title)
         axes.set_yticks(range(len(factors)), [f.replace("_", " ") for f in reversed(factors)], fontsize=8)
         axes.set_xlabel("IC (Pearson)", fontsize=8.5)
     return figure
@@ -161,7 +114,7 @@ def ic_decay(view: FlowView) -> Figure:
             for at, (_, row) in zip(x, mine.iterrows(), strict=True):
                 _point(axes, at, row, COLOURS[factor])
         plain(axes, "IC (Pearson)" if not suffix else "")
-        axes.set_title(title, fontsize=9.5, loc="left")
+        panel_title(axes, title)
         axes.set_xticks(range(len(horizons)), [format_duration(int(h)) for h in horizons], fontsize=9)
         axes.set_xlim(-0.5, len(horizons) - 0.5)
     legend(panels[-1], 3)
@@ -184,7 +137,7 @@ def quantile_returns(view: FlowView) -> Figure:
         axes.vlines(mine["quantile"], mine["ci_low"], mine["ci_high"], color=INK, linewidth=1.1)
         plain(axes, "mean return (bps)" if factor == LARGE else "")
         spread = view.rows("spreads", target=view.target, signal=factor).iloc[0]
-        axes.set_title(f"{NAMES[factor]}\n{_spread_words(spread)}", fontsize=7.5, loc="left")
+        panel_title(axes, f"{NAMES[factor]}\n{_spread_words(spread)}", 7.5)
         axes.set_xticks(sorted(mine["quantile"]))
         axes.set_xlabel("quantile", fontsize=8.5)
     return figure
@@ -214,7 +167,7 @@ def slices(view: FlowView, table: str, what: str) -> Figure:
             _point(axes, x, row, COLOURS[LARGE])
         axes.axhline(whole, color=COLOURS[LARGE], linewidth=0.9, linestyle="--")
         plain(axes, "IC (Pearson)" if axes is panels[0] else "")
-        axes.set_title(by.replace("_regime", "").replace("_", " "), fontsize=9.5, loc="left")
+        panel_title(axes, by.replace("_regime", "").replace("_", " "))
         labels = [f"{row['bucket']}\n{int(row['n']):,}" for _, row in mine.iterrows()]
         axes.set_xticks(range(len(mine)), labels, fontsize=7.5, rotation=90 if len(mine) > 4 else 0)
         axes.set_xlim(-0.5, len(mine) - 0.5)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.table import Table
 
-from clusterlob_gpu import flow_pictures, page
+from clusterlob_gpu import page
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.flow_evaluation import LARGE, SMALL, TOTAL
-from clusterlob_gpu.flow_pictures import NAMES, FlowView, signal_name
-from clusterlob_gpu.page import ic_cells, interval, number, text_table
+from clusterlob_gpu.flow_view import NAMES, FlowView, signal_name
+from clusterlob_gpu.page import Picture, ic_cells, interval, number, text_table
 from clusterlob_gpu.regression import CONTROLLED, INTERACTED, INTERACTION
 
 EXPERIMENT = "flow"
@@ -438,18 +439,27 @@ def console_tables(out: Path) -> list[Table]:
     return tables
 
 
+def pictures_of(out: Path) -> list[Picture]:
+    """Every picture of a finished run, to be drawn; raises InputError as `read_run`."""
+    from clusterlob_gpu import flow_pictures
+
+    _, views = read_run(out)
+    return [
+        Picture(view.symbol, name, _CAPTIONS[name], partial(make, view))
+        for view in views
+        for name, make in flow_pictures.pictures(view)
+    ]
+
+
 def render(out: Path) -> list[Path]:
     """Write plots/*.png and report.html of a finished run; gives the files written, the page last.
 
     Raises InputError as `read_run`.
     """
     info, views = read_run(out)
-    written: list[Path] = []
+    drawn = page.draw(out, pictures_of(out))
     sections = []
     for view in views:
-        figures = ((name, make(view)) for name, make in flow_pictures.pictures(view))
-        files, images = page.draw(out, view.symbol, figures, _CAPTIONS)
-        written += files
         tables = [
             ("Information coefficients", ic_rows(view), True),
             ("Paired differences in IC", difference_rows(view), False),
@@ -460,7 +470,9 @@ def render(out: Path) -> list[Path]:
             ("IC by symbol, month, volatility and liquidity", slice_rows(view, "stability"), False),
             ("Long/short books", book_rows(view), True),
         ]
-        sections.append(Section(view.symbol, findings(view), images, [t for t in tables if t[1]]))
+        sections.append(
+            Section(view.symbol, findings(view), drawn.images(view.symbol), [t for t in tables if t[1]])
+        )
     report = out / "report.html"
     page.write(report, page.page("flow.html.j2", info, sections))
-    return [*written, report]
+    return [*drawn.files, report]

@@ -6,19 +6,26 @@ import base64
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
 from rich.table import Table
 
+from clusterlob_gpu import painter
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.store import read_frame
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 NOTHING = "-"
+_COMPRESS_LEVEL = 1
+"""Of pictures: higher levels take twice the time for a tenth of the size."""
 
 
 def read_info(out: Path) -> dict[str, Any]:
@@ -97,8 +104,14 @@ def is_numeric(text: str) -> bool:
 
 def png(figure: Figure) -> bytes:
     """The picture's file; the same figure gives the same bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # `savefig` would draw it twice, to find its margins
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3])
+    pixels.save(buffer, "png", compress_level=_COMPRESS_LEVEL, dpi=(figure.dpi, figure.dpi))
     return buffer.getvalue()
 
 
@@ -110,18 +123,49 @@ def write(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def draw(
-    out: Path, symbol: str, figures: Iterable[tuple[str, Figure]], captions: Mapping[str, str]
-) -> tuple[list[Path], list[tuple[str, str, str]]]:
-    """Write plots/<name>_<symbol>.png; gives the files, and name, caption and base64 of each for the page."""
-    files, images = [], []
-    for name, figure in figures:
-        image = png(figure)
-        path = out / "plots" / f"{name}_{re.sub(r'[^A-Za-z0-9._-]', '_', symbol)}.png"
-        write(path, image)
-        files.append(path)
-        images.append((name, captions[name], base64.b64encode(image).decode("ascii")))
-    return files, images
+@dataclass(frozen=True)
+class Picture:
+    """A picture to be drawn."""
+
+    symbol: str
+    name: str
+    caption: str
+    make: Callable[[], Figure]
+
+    def file(self, out: Path) -> Path:
+        """Where it is written: plots/<name>_<symbol>.png."""
+        return out / "plots" / f"{self.name}_{re.sub(r'[^A-Za-z0-9._-]', '_', self.symbol)}.png"
+
+    def draw(self, out: Path) -> None:
+        """Write its file."""
+        write(self.file(out), png(self.make()))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The pictures of a run, on disk."""
+
+    out: Path
+    pictures: Sequence[Picture]
+
+    @property
+    def files(self) -> list[Path]:
+        """Their files, in order."""
+        return [picture.file(self.out) for picture in self.pictures]
+
+    def images(self, symbol: str) -> list[tuple[str, str, str]]:
+        """Name, caption and base64 of those of a symbol, for the page."""
+        return [
+            (picture.name, picture.caption, base64.b64encode(picture.file(self.out).read_bytes()).decode())
+            for picture in self.pictures
+            if picture.symbol == symbol
+        ]
+
+
+def draw(out: Path, pictures: Sequence[Picture]) -> Drawn:
+    """Write the file of every picture, by this process and its painter."""
+    painter.share(out, len(pictures), lambda number: pictures[number].draw(out))
+    return Drawn(out, pictures)
 
 
 def page(template: str, info: dict[str, Any], sections: list[Any]) -> bytes:

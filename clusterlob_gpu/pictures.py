@@ -8,21 +8,21 @@ throughout.  Figures are objects: no global state, no display.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from textwrap import fill
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from clusterlob_gpu.config import format_duration, parse_duration
 from clusterlob_gpu.evaluation import OFI_KINDS, on_grid
-from clusterlob_gpu.lake.layout import day_of_us
+from clusterlob_gpu.margins import EDGE, Margins
 from clusterlob_gpu.schema import ALL_CLUSTERS, US_PER_DAY, Z_FEATURES
+from clusterlob_gpu.view import SIDES, View, distinct_targets
 
 WIDTH_IN, DPI = 7.6, 150
 _CAPTION_CHARS, _LEGEND_CHARS = 120, 18
@@ -30,68 +30,6 @@ INK, FAINT, BAND, STAMP = "#222831", "#d8dde3", "#e3e7ec", "#b3261e"
 _ALL = "#3c4450"
 _ROLES = {0: "#4477aa", 1: "#228833", 2: "#cc6644"}
 _FURTHER = ("#aa3377", "#ccaa33", "#66bbdd", "#7755aa", "#999933", "#bb5577", "#558888")
-
-SIDES = {"own": "consumed", "consumed": "own"}
-
-
-@dataclass(frozen=True)
-class View:
-    """The tables of one symbol and what is said of all of them."""
-
-    symbol: str
-    info: dict[str, Any]
-    """run.json"""
-    centroids: pd.DataFrame
-    buckets: pd.DataFrame
-    ic: pd.DataFrame
-    markouts: pd.DataFrame
-    tests: int
-    """ICs of the run, all symbols together, for which p was corrected."""
-
-    @property
-    def in_sample(self) -> bool:
-        return self.info["sample"] == "in_sample"
-
-    @property
-    def latest(self) -> pd.DataFrame:
-        """Clusters of the last window."""
-        last = self.centroids["window_id"].max()
-        return self.centroids[self.centroids["window_id"] == last].sort_values("cluster")
-
-    @property
-    def walks(self) -> bool:
-        return len(set(self.centroids["window_id"])) > 1
-
-    @property
-    def side(self) -> str:
-        return str(self.info["config"]["same_side"])
-
-    @property
-    def last_days(self) -> str:
-        """Days that the last window labelled: `2024-05-03 to 2024-05-04`."""
-        last = self.buckets.loc[self.buckets["window_id"] == self.centroids["window_id"].max(), "bucket_ts"]
-        first, end = (str(day_of_us(int(ts))) for ts in (last.min(), last.max()))
-        return first if first == end else f"{first} to {end}"
-
-    @property
-    def pooled(self) -> bool:
-        """Whether some cluster had other names in other windows."""
-        return bool(self.centroids.groupby("cluster")["label"].nunique().gt(1).any())
-
-    def name(self, cluster: int) -> str:
-        """Number and name over all windows: `2 directional`, `2 directional in 3 of 4 windows`, `3 other`."""
-        if cluster == ALL_CLUSTERS:
-            return "all clusters"
-        return _numbered(cluster, dict(zip(self.ic["cluster"], self.ic["label"], strict=True)))
-
-    def last_name(self, cluster: int) -> str:
-        """Number and name in the last window."""
-        return _numbered(cluster, dict(zip(self.latest["cluster"], self.latest["label"], strict=True)))
-
-
-def _numbered(cluster: int, labels: dict[int, str]) -> str:
-    label = labels.get(cluster, "").replace(f"other {cluster}", "other")
-    return f"{cluster} {label}".strip()
 
 
 def colour(cluster: int) -> str:
@@ -104,9 +42,10 @@ def colour(cluster: int) -> str:
 def frame(heading: str, caption: str, height: float) -> Figure:
     """An empty figure with a heading, and below it what it counts and what its marks mean."""
     figure = Figure(figsize=(WIDTH_IN, height), dpi=DPI, facecolor="white")
-    figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.06)
-    figure.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-    figure.supxlabel(fill(caption, _CAPTION_CHARS), x=0.01, ha="left", fontsize=8, color="#59636e")
+    figure.set_layout_engine(Margins())
+    edge = EDGE / 72 / height
+    figure.suptitle(heading, x=0.01, y=1 - edge, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure.supxlabel(fill(caption, _CAPTION_CHARS), x=0.01, y=edge, ha="left", fontsize=8, color="#59636e")
     return figure
 
 
@@ -130,6 +69,18 @@ def plain(axes: Axes, ylabel: str = "", zero: bool = True) -> None:
     axes.set_axisbelow(True)
     if zero:
         axes.axhline(0, color=INK, linewidth=0.9)
+
+
+def panel_title(axes: Axes, text: str, size: float = 9.5) -> None:
+    """Title of a panel, at a place that need not be searched for."""
+    axes.set_title(text, fontsize=size, loc="left", y=1.0)
+
+
+def colour_bar(axes: Axes, image: AxesImage) -> None:
+    """The scale of an image, on the right of the axes."""
+    bar = axes.inset_axes((1.01, 0, 0.025, 1))
+    axes.figure.colorbar(image, cax=bar)
+    bar.tick_params(labelsize=8)
 
 
 def legend(axes: Axes, entries: int) -> None:
@@ -183,7 +134,7 @@ def centroids(view: View) -> Figure:
     axes.set_yticks(range(len(table)), [view.last_name(int(c)) for c in table["cluster"]], fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, pad=0.01).ax.tick_params(labelsize=8)
+    colour_bar(axes, image)
     return figure
 
 
@@ -225,7 +176,7 @@ def ic_bars(view: View, target: str = "frnb") -> Figure:
             row = mine[mine["cluster"] == cluster].iloc[0]
             ic_bar(axes, x, row, colour(cluster), width=0.55, band=0.9, label=_label(view, cluster))
         plain(axes, "IC (Pearson)" if kind == OFI_KINDS[0] else "")
-        axes.set_title(kind, fontsize=9.5, loc="left")
+        panel_title(axes, kind)
         numbers = ["all" if c == ALL_CLUSTERS else str(c) for c in order]
         axes.set_xticks(range(len(order)), numbers, fontsize=9 if len(order) <= 12 else 6)
     legend(panels[-1], len(order))
@@ -268,14 +219,6 @@ def ic_horizons(view: View, kind: str = "ofi_size") -> Figure:
         axes.axvline(edge - 0.5, color=FAINT, linewidth=0.8)
     legend(axes, len(order))
     return figure
-
-
-def distinct_targets(rows: pd.DataFrame) -> list[str]:
-    """Targets by rising horizon; r_<bucket> is frnb and shown once."""
-    first = rows.drop_duplicates("target").sort_values("horizon_us", kind="stable")
-    next_bucket = first.loc[first["target"] == "frnb", "horizon_us"]
-    twin = first["target"].str.startswith("r_") & first["horizon_us"].isin(next_bucket)
-    return first.loc[~twin, "target"].tolist()
 
 
 def _target_name(rows: pd.DataFrame, target: str) -> str:
@@ -343,7 +286,7 @@ def side_audit(view: View) -> Figure:
             axes.bar(at, mine["mean_bps"], width=0.68 / len(horizons), color=colour(cluster), alpha=0.85)
             axes.vlines(at, mine["ci_low"], mine["ci_high"], color=INK, linewidth=1)
         plain(axes, "mark-out (bps)" if column == "label" else "")
-        axes.set_title(f"same_side: {side} ({remark})", fontsize=9.5, loc="left")
+        panel_title(axes, f"same_side: {side} ({remark})")
         ticks = [f"{fill(label, _LEGEND_CHARS)}\ncluster {c}" for label, c in named]
         axes.set_xticks(range(len(named)), ticks, fontsize=8, rotation=90 if len(named) > 4 else 0)
         axes.set_xlabel("bars: " + ", ".join(format_duration(int(h)) for h in horizons), fontsize=8)

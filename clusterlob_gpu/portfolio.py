@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from clusterlob_gpu.evaluation import Signal, hac_lags, long_run_sum, on_grid
+from clusterlob_gpu.plain_statistics import two_sided
 from clusterlob_gpu.schema import US_PER_DAY
 
 Floats = NDArray[np.float64]
@@ -225,9 +225,9 @@ def book_statistics(book: Book, width_us: int, sleeves: int) -> dict[str, float]
         "sharpe_lo_gross": t_gross * yearly,
         "sharpe_lo_net": t_net * yearly,
         "gross_t": t_gross,
-        "gross_p": float(2 * norm.sf(abs(t_gross))),
+        "gross_p": two_sided(t_gross),
         "net_t": t_net,
-        "net_p": float(2 * norm.sf(abs(t_net))),
+        "net_p": two_sided(t_net),
         "sortino": _ratio(float(net.mean()), float(np.sqrt((np.minimum(net, 0) ** 2).mean())))
         * float(np.sqrt(bars_per_year)),
         "max_drawdown": drawdown,

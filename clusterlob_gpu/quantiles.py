@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import norm, spearmanr
 
 from clusterlob_gpu.evaluation import (
     LEVEL,
+    Z_95,
     Signal,
     Target,
     block_resamples,
@@ -29,6 +29,7 @@ from clusterlob_gpu.evaluation import (
     long_run_sum,
     on_grid,
 )
+from clusterlob_gpu.plain_statistics import rank_correlation, two_sided
 from clusterlob_gpu.schema import US_PER_DAY
 
 Floats = NDArray[np.float64]
@@ -166,7 +167,7 @@ def _cell(table: _Sorted, quantile: int) -> dict[str, float]:
     mask = table.mask(quantile)
     y = table.y[mask]
     mean, se = _mean(y), mean_error(table.y, mask, table.lags)
-    half = float(norm.ppf(1 - LEVEL / 2)) * se
+    half = Z_95 * se
     return {
         "quantile": quantile,
         "n": len(y),
@@ -205,7 +206,7 @@ def _spread(table: _Sorted, signal: Floats, draws: int, seed: int) -> dict[str, 
         spread,
         se,
         t,
-        float(2 * norm.sf(abs(t))),
+        two_sided(t),
         low,
         high,
         _monotonicity(table),
@@ -247,7 +248,7 @@ def _monotonicity(table: _Sorted) -> float:
     kept = np.isfinite(means)
     if kept.sum() < 3 or np.ptp(means[kept]) == 0:
         return np.nan
-    return float(spearmanr(np.flatnonzero(kept), means[kept]).statistic)
+    return rank_correlation(np.flatnonzero(kept).astype(np.float64), means[kept])
 
 
 def _turnover(table: _Sorted) -> float:

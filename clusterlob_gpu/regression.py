@@ -1,6 +1,6 @@
 """Regressions of a forward return on flow: alone, with controls, with an interaction.
 
-Least squares by statsmodels, one symbol at a time, with Newey-West errors on the grid of bars: a bar that a
+Least squares, one symbol at a time, with Newey-West errors on the grid of bars: a bar that a
 regression leaves out is a row of zeros, so that no lag joins bars that are not that far apart in time.  The
 coefficients and R2 do not see these rows.
 """
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from clusterlob_gpu.evaluation import Signal, Target, hac_lags, on_grid
+from clusterlob_gpu.plain_statistics import least_squares, two_sided
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -66,7 +66,7 @@ def regression_table(
     - signal, target, horizon_us, model, term; n rows used; dropped: bars with signal and target, but without
       a control; lags = max(2H - 1, r + H - 1), at most n // 4.
     - coef (return per unit of the term), coef_bps (bps per standard deviation of the term; null for the
-      constant), se, t, p: statsmodels OLS, HAC Bartlett, factor n / (n - k), normal p.
+      constant), se, t, p: OLS, HAC Bartlett, factor n / (n - k), normal p.
     - vif of the term: 1 / (1 - R2 on the other terms); null for the constant.
     - r2; incremental_r2 = r2 less that of the same rows without the signal (and its interaction); partial_ic:
       correlation of the residuals of target and signal on all other terms; condition_number: largest over
@@ -208,7 +208,7 @@ def _statistics(design: _Design, y: Floats, used: Mask, lags: int, signal: str) 
             "coef_bps": BPS * fit.coef[i] * spread[i - 1] if i else np.nan,
             "se": fit.se[i],
             "t": t[i],
-            "p": float(2 * norm.sf(abs(t[i]))),
+            "p": two_sided(t[i]),
             "vif": vif[i - 1] if i else np.nan,
         }
         | shared
@@ -218,16 +218,12 @@ def _statistics(design: _Design, y: Floats, used: Mask, lags: int, signal: str) 
 
 def _ols(columns: Sequence[Floats], y: Floats, used: Mask, lags: int) -> _Fit:
     """Constant first.  Terms are scaled for the solver and the results scaled back."""
-    from statsmodels.regression.linear_model import OLS  # a second of imports
-
     scale = np.array([1.0, *(float(np.abs(column).max()) for column in columns)])
     design = np.column_stack([used.astype(np.float64), *columns]) / scale
-    fitted = OLS(y, design).fit(
-        cov_type="HAC", cov_kwds={"maxlags": lags, "kernel": "bartlett", "use_correction": False}
-    )
+    coefficients, covariance = least_squares(design, y, lags)
     n, k = int(used.sum()), len(scale)
-    variance = np.diag(fitted.cov_params()) * n / (n - k)
-    return _Fit(fitted.params / scale, np.sqrt(np.maximum(variance, 0)) / scale)
+    variance = np.diag(covariance) * n / (n - k)
+    return _Fit(coefficients / scale, np.sqrt(np.maximum(variance, 0)) / scale)
 
 
 def _residual(columns: Sequence[Floats], y: Floats, used: Mask) -> Floats:

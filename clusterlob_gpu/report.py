@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.table import Table
 
-from clusterlob_gpu import flow_report, page, pictures, sweep_report
+from clusterlob_gpu import flow_report, page, sweep_report
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.findings import HEADLINE_SIGNAL, HEADLINE_TARGET, MIXED, findings
-from clusterlob_gpu.page import ic_cells, interval, number, text_table
-from clusterlob_gpu.pictures import SIDES, View
+from clusterlob_gpu.page import Picture, ic_cells, interval, number, text_table
 from clusterlob_gpu.schema import ALL_CLUSTERS, FEATURES, Z_FEATURES
+from clusterlob_gpu.view import SIDES, View
 
 EXPERIMENTS = ("cluster", "label")
 """Runs that leave the tables shown here."""
@@ -257,6 +258,21 @@ def _without(row: dict[str, str], *names: str) -> dict[str, str]:
 # ---- page
 
 
+def pictures_of(out: Path) -> list[Picture]:
+    """Every picture of a finished run of any experiment, to be drawn; raises InputError as `read_run`."""
+    other = _PASSED_ON.get(page.read_info(out).get("experiment"))
+    if other is not None:
+        return other.pictures_of(out)
+    from clusterlob_gpu import pictures
+
+    _, views = read_run(out)
+    return [
+        Picture(view.symbol, name, _CAPTIONS[name], partial(make, view))
+        for view in views
+        for name, make in pictures.pictures(view)
+    ]
+
+
 def render_run(out: Path) -> list[Path]:
     """Write plots/*.png and report.html of a finished run; gives the files written, the page last.
 
@@ -268,17 +284,14 @@ def render_run(out: Path) -> list[Path]:
     if other is not None:
         return other.render(out)
     info, views = read_run(out)
-    written: list[Path] = []
+    drawn = page.draw(out, pictures_of(out))
     sections = []
     for view in views:
-        figures = ((name, make(view)) for name, make in pictures.pictures(view))
-        files, images = page.draw(out, view.symbol, figures, _CAPTIONS)
-        written += files
         sections.append(
             Section(
                 view.symbol,
                 findings(view),
-                images,
+                drawn.images(view.symbol),
                 cluster_rows(view),
                 _meanings(view),
                 raw_rows(view),
@@ -292,4 +305,4 @@ def render_run(out: Path) -> list[Path]:
         )
     report = out / "report.html"
     page.write(report, page.page("report.html.j2", info, sections))
-    return [*written, report]
+    return [*drawn.files, report]

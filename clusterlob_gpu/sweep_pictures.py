@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy.stats import beta
 
 from clusterlob_gpu.evaluation import LEVEL
-from clusterlob_gpu.pictures import BAND, FAINT, INK, STAMP, count_range, frame, plain
+from clusterlob_gpu.pictures import (
+    BAND,
+    FAINT,
+    INK,
+    STAMP,
+    colour_bar,
+    count_range,
+    frame,
+    panel_title,
+    plain,
+)
 from clusterlob_gpu.sweep_view import TITLES, Headline, SweepView, capital, count_text, is_standing
 
 MAX_LABELLED = 64
@@ -59,7 +69,7 @@ def ic_by_setting(headline: Headline) -> Figure:
     panels = figure.subplots(1, len(headline.panels), sharey=True, sharex=True, squeeze=False)[0]
     for axes, panel in zip(panels, headline.panels, strict=True):
         _draw_ics(axes, _placed(headline, panel, points, named), named)
-        axes.set_title(panel, fontsize=9.5, loc="left")
+        panel_title(axes, panel)
     if named:
         labels = [" | ".join(map(str, point)) for point in points.itertuples(index=False)]
         panels[0].set_yticks(range(len(points)), labels, fontsize=7.5)
@@ -144,14 +154,14 @@ def ic_map(headline: Headline) -> Figure:
     for axes, (panel, (ic, stands)) in zip(panels, maps.items(), strict=True):
         image = axes.imshow(ic.to_numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
         _print_cells(axes, ic.to_numpy(), stands.to_numpy() == 1.0, bound, printed)
-        axes.set_title(panel, fontsize=9.5, loc="left")
+        panel_title(axes, panel)
         axes.set_xlabel(across, fontsize=8.5)
         _name_columns(axes, list(ic.columns), shape[1] * len(maps))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     panels[0].set_yticks(range(shape[0]), list(ic.index), fontsize=8 if shape[0] <= 40 else 6)
     panels[0].set_ylabel(down, fontsize=8.5)
-    figure.colorbar(image, ax=list(panels), pad=0.01, fraction=0.03).ax.tick_params(labelsize=8)
+    colour_bar(panels[-1], image)
     return figure
 
 
@@ -195,9 +205,11 @@ def p_values(view: SweepView) -> Figure:
 
 
 def _draw_quantiles(axes: Axes, p: np.ndarray) -> None:
+    from scipy.special import betaincinv  # half a second of imports, for sweeps alone
+
     rank = np.arange(1, len(p) + 1)
     expected = rank / (len(p) + 1)
-    low, high = beta.ppf([[0.025], [0.975]], rank, len(p) + 1 - rank)
+    low, high = betaincinv(rank, len(p) + 1 - rank, [[0.025], [0.975]])
     axes.fill_between(expected, low, high, color=BAND, linewidth=0)
     axes.plot(expected, expected, color=INK, linewidth=1)
     axes.plot(expected, LEVEL * rank / len(p), "--", color=STAMP, linewidth=1)
@@ -216,8 +228,8 @@ def _has_grid(headline: Headline) -> bool:
     return any(cells(headline, panel)[0].notna().to_numpy().mean() >= 0.5 for panel in headline.panels)
 
 
-def symbol_pictures(found: Iterable[Headline]) -> Iterator[tuple[str, str, Figure]]:
-    """Name, caption and figure of every picture that the headlines of a symbol allow."""
+def symbol_pictures(found: Iterable[Headline]) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
+    """Name, caption and maker of every picture that the headlines of a symbol allow."""
     for headline in found:
         if not headline.settings:
             continue
@@ -226,7 +238,7 @@ def symbol_pictures(found: Iterable[Headline]) -> Iterator[tuple[str, str, Figur
         yield (
             f"ic_{name}",
             f"{title}: does the IC of {headline.pair} depend on the settings?",
-            ic_by_setting(headline),
+            partial(ic_by_setting, headline),
         )
         if _has_grid(headline):
-            yield f"map_{name}", f"{title}: do neighbouring settings agree?", ic_map(headline)
+            yield f"map_{name}", f"{title}: do neighbouring settings agree?", partial(ic_map, headline)

@@ -9,20 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.table import Table
-from scipy.stats import norm
 
 from clusterlob_gpu import page
 from clusterlob_gpu.evaluation import LEVEL
-from clusterlob_gpu.flow_pictures import signal_name
 from clusterlob_gpu.flow_report import Section
-from clusterlob_gpu.page import interval, number, text_table
+from clusterlob_gpu.flow_view import signal_name
+from clusterlob_gpu.page import Drawn, Picture, interval, number, text_table
+from clusterlob_gpu.plain_statistics import normal_quantile
 from clusterlob_gpu.schema import ALL_CLUSTERS
-from clusterlob_gpu.sweep_pictures import p_values, symbol_pictures
 from clusterlob_gpu.sweep_view import (
     STANDING,
     TITLES,
@@ -111,7 +111,7 @@ def _chance_words(view: SweepView) -> list[str]:
 
 def median_largest_t(tests: int) -> float:
     """|t| that the strongest of so many independent tests of pure noise passes half of the time."""
-    return float(norm.isf((1 - 0.5 ** (1 / tests)) / 2))
+    return -normal_quantile((1 - 0.5 ** (1 / tests)) / 2)
 
 
 def _best_words(view: SweepView) -> list[str]:
@@ -327,6 +327,22 @@ def _search_row(view: SweepView) -> dict[str, str]:
     }
 
 
+def pictures_of(out: Path) -> list[Picture]:
+    """Every picture of a finished sweep, to be drawn; raises InputError as `read_run`."""
+    from clusterlob_gpu import sweep_pictures
+
+    view = read_run(out)
+    made = []
+    if len(view.tests) >= MIN_P_VALUES:
+        caption = "Are there more small p-values than chance gives?"
+        made.append(Picture(EXPERIMENT, "p_values", caption, partial(sweep_pictures.p_values, view)))
+    return made + [
+        Picture(symbol, name, caption, make)
+        for symbol in view.symbols
+        for name, caption, make in sweep_pictures.symbol_pictures(headlines(view, symbol))
+    ]
+
+
 def render(out: Path) -> list[Path]:
     """Write plots/*.png and report.html of a finished sweep; gives the files written, the page last.
 
@@ -334,33 +350,25 @@ def render(out: Path) -> list[Path]:
     """
     out = Path(out)
     view = read_run(out)
-    enough = len(view.tests) >= MIN_P_VALUES
-    caption = "Are there more small p-values than chance gives?"
-    written, images = page.draw(
-        out, EXPERIMENT, [("p_values", p_values(view))] if enough else [], {"p_values": caption}
-    )
-    sections = [Section("All trials", findings(view), images, list(_tables(view)))]
-    for symbol in view.symbols:
-        files, section = _symbol_section(out, view, symbol)
-        written += files
-        sections.append(section)
+    drawn = page.draw(out, pictures_of(out))
+    sections = [
+        Section("All trials", findings(view), drawn.images(EXPERIMENT), list(_tables(view))),
+        *(_symbol_section(drawn, view, symbol) for symbol in view.symbols),
+    ]
     report = out / "report.html"
     page.write(report, page.page("sweep.html.j2", _page_info(view), sections))
-    return [*written, report]
+    return [*drawn.files, report]
 
 
-def _symbol_section(out: Path, view: SweepView, symbol: str) -> tuple[list[Path], Section]:
+def _symbol_section(drawn: Drawn, view: SweepView, symbol: str) -> Section:
     found = headlines(view, symbol)
-    made = list(symbol_pictures(found))
-    captions = {name: caption for name, caption, _ in made}
-    files, images = page.draw(out, symbol, ((name, figure) for name, _, figure in made), captions)
     words = [headline_words(headline) for headline in found]
     tables = [
         (f"{capital(TITLES[h.experiment])}: IC of {h.pair} ({len(rows)})", rows, False)
         for h in found
         if (rows := _headline_rows(h))
     ]
-    return files, Section(symbol, words or ["No headline IC."], images, tables)
+    return Section(symbol, words or ["No headline IC."], drawn.images(symbol), tables)
 
 
 def _headline_rows(headline: Headline) -> list[dict[str, str]]:

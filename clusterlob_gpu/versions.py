@@ -8,7 +8,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-COMPUTING = ("numpy", "pandas", "pyarrow", "numba", "scikit-learn", "scipy", "statsmodels")
+COMPUTING = ("numpy", "pandas", "pyarrow", "numba", "scikit-learn", "scipy")
 """Libraries whose version may change a number."""
 LIBRARIES = (*COMPUTING, "dask", "distributed")
 

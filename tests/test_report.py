@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from rich.console import Console
 
 from clusterlob_gpu import pictures
@@ -241,6 +248,38 @@ def test_pictures__carry_the_stamp_only_in_sample(run: Path, walk: Path) -> None
         made = pictures.pictures(view)
         assert len(made) == (8 if expected else 9)
         assert [("IN SAMPLE" in texts(make(view))) for _, make in made] == [expected] * len(made)
+
+
+def shown_texts(figure: Figure) -> Iterator[tuple[str, Bbox]]:
+    """Texts of a drawn figure and their places, without the labels of ticks beyond the limits."""
+    beyond = {
+        label
+        for axes in figure.findobj(Axes)
+        for axis in (axes.xaxis, axes.yaxis)
+        for tick in axis.get_major_ticks()
+        for label in (tick.label1, tick.label2)
+        if not axis.get_view_interval()[0] <= tick.get_loc() <= axis.get_view_interval()[1]
+    }
+    for text in figure.findobj(Text):
+        if text.get_visible() and text.get_text().strip() and text not in beyond:
+            yield text.get_text(), text.get_window_extent()
+
+
+@pytest.mark.parametrize("windows", [1, 4])
+def test_pictures__texts_stand_inside_and_apart(windows: int, tmp_path: Path) -> None:
+    view = one_view(make_run(tmp_path / "run", days=4, windows=windows))
+    for name, make in pictures.pictures(view):
+        figure = make(view)
+        FigureCanvasAgg(figure).draw()
+        texts = list(shown_texts(figure))
+        for text, box in texts:
+            assert box.x0 > 0, (name, text)
+            assert box.y0 > 0, (name, text)
+            assert box.x1 < figure.bbox.x1, (name, text)
+            assert box.y1 < figure.bbox.y1, (name, text)
+        for (one, a), (other, b) in itertools.combinations(texts, 2):
+            apart = min(a.x1, b.x1) - max(a.x0, b.x0) < 1 or min(a.y1, b.y1) - max(a.y0, b.y0) < 1
+            assert apart, (name, one, other)
 
 
 def test_ic_picture__draws_ic_interval_and_detectable_band(run: Path) -> None:

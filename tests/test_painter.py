@@ -1,0 +1,71 @@
+"""The second process that draws: the same files with it, without it, and after its death."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_report import make_run
+
+from clusterlob_gpu import painter
+from clusterlob_gpu.report import render_run
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(painter, "_cores", lambda: 2)
+    with painter.painting():
+        yield
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in render_run(out)}
+
+
+def test_painter__draws_the_same_files(tmp_path: Path, beside: None) -> None:
+    out = make_run(tmp_path / "run")
+    with_it = files(out)
+    (process,) = painter._beside
+    assert process.poll() is None
+    painter._beside.clear()
+    assert files(out) == with_it
+    painter._beside.append(process)
+
+
+def test_painter__draws_what_it_is_handed(tmp_path: Path, beside: None) -> None:
+    """The command asks for all pictures, and draws none itself until the painter has drawn the first."""
+    out = make_run(tmp_path / "run")
+    first = out / "plots" / "centroids_BTCUSDT.png"
+    here: list[int] = []
+
+    def wait(number: int) -> None:
+        while not first.exists():
+            pass
+        here.append(number)
+
+    painter.share(out, 3, wait)
+    assert 0 not in here
+    assert first.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_painter__that_has_died_is_done_without(tmp_path: Path, beside: None) -> None:
+    out = make_run(tmp_path / "run")
+    (process,) = painter._beside
+    process.kill()
+    process.wait()
+    assert "ic_BTCUSDT.png" in files(out)
+
+
+def test_share__an_error_of_the_drawing_is_raised(tmp_path: Path) -> None:
+    def fail(number: int) -> None:
+        raise IndexError(number)
+
+    with pytest.raises(IndexError):
+        painter.share(tmp_path, 3, fail)
+
+
+def test_painting__needs_a_core_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(painter, "_cores", lambda: 1)
+    with painter.painting():
+        assert painter._beside == []
