@@ -120,18 +120,20 @@ def _void_nulls(z):
 @cuda.jit
 def _nearest(z, low, high, centroids, label, best):
     for i in range(cuda.grid(1), z.shape[1], cuda.gridsize(1)):
-        x0, x1 = scalar.clipped(z[0, i], low[0], high[0]), scalar.clipped(z[1, i], low[1], high[1])
-        x2, x3 = scalar.clipped(z[2, i], low[2], high[2]), scalar.clipped(z[3, i], low[3], high[3])
-        x4, x5 = scalar.clipped(z[4, i], low[4], high[4]), scalar.clipped(z[5, i], low[5], high[5])
-        nearest, at = np.inf, NO_CLUSTER
-        for c in range(centroids.shape[0]):
-            y0, y1, y2 = centroids[c, 0], centroids[c, 1], centroids[c, 2]
-            y3, y4, y5 = centroids[c, 3], centroids[c, 4], centroids[c, 5]
-            distance = scalar.squared_distance(x0, x1, x2, x3, x4, x5, y0, y1, y2, y3, y4, y5)
-            if distance < nearest:
-                nearest, at = distance, c
+        x = (
+            scalar.clipped(z[0, i], low[0], high[0]),
+            scalar.clipped(z[1, i], low[1], high[1]),
+            scalar.clipped(z[2, i], low[2], high[2]),
+            scalar.clipped(z[3, i], low[3], high[3]),
+            scalar.clipped(z[4, i], low[4], high[4]),
+            scalar.clipped(z[5, i], low[5], high[5]),
+        )
+        distance, at = np.inf, NO_CLUSTER
+        for c in range(centroids.shape[1]):
+            to_c = scalar.squared_distance(x, scalar.point(centroids, c))
+            distance, at = scalar.nearer(to_c, c, distance, at)
         label[i] = at
-        best[i] = nearest
+        best[i] = distance
 
 
 @cuda.jit
@@ -166,8 +168,10 @@ def _joined(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
         return n_b, mean_b, m2_b
     if n_b == 0:
         return n_a, mean_a, m2_a
-    mean, m2 = scalar.merged(n_a, mean_a, m2_a, n_b, mean_b, m2_b)
-    return n_a + n_b, mean, m2
+    n = n_a + n_b
+    share = n_b / n
+    mean, m2 = scalar.merged(mean_a, m2_a, mean_b, m2_b, share, n_a * share)
+    return n, mean, m2
 
 
 @cuda.jit(device=True)
@@ -176,7 +180,7 @@ def _moments(x, j, low, high, anchor):
     n, mean, m2 = 0, 0.0, 0.0
     for i in range(low, high):
         n += 1
-        mean, m2 = scalar.grown(n, mean, m2, x[j, i] - anchor)
+        mean, m2 = scalar.grown(1.0 / n, mean, m2, x[j, i] - anchor)
     return n, mean, m2
 
 
@@ -214,7 +218,7 @@ def _rolling_z(x, window, skip, out):
     n_of = cuda.shared.array(WIDEST, int64)
     mean_of = cuda.shared.array(WIDEST, float64)
     m2_of = cuda.shared.array(WIDEST, float64)
-    start, j, t = cuda.blockIdx.x * window, cuda.blockIdx.y, cuda.threadIdx.x
+    start, j, t = (cuda.blockIdx.x + skip // window) * window, cuda.blockIdx.y, cuda.threadIdx.x
     each = (window + cuda.blockDim.x - 1) // cuda.blockDim.x
     a, b = min(window, t * each), min(window, (t + 1) * each)
     here = min(x.shape[1], start + b)
@@ -232,7 +236,7 @@ def _rolling_z(x, window, skip, out):
     for i in range(start + a, here):
         d = x[j, i] - anchor
         n_own += 1
-        mean, m2 = scalar.grown(n_own, mean, m2, d)
+        mean, m2 = scalar.grown(1.0 / n_own, mean, m2, d)
         if i < skip:
             continue
         if i < window - 1:
@@ -243,7 +247,7 @@ def _rolling_z(x, window, skip, out):
             n_old, mean_old, m2_old = _moments(x, j, i - window + 1, before + b, anchor)
         n_old, mean_old, m2_old = _joined(n_old, mean_old, m2_old, n_late, mean_late, m2_late)
         _, whole_mean, whole_m2 = _joined(n_old, mean_old, m2_old, n_own, mean, m2)
-        out[j, i - skip] = scalar.standardised(d, window, whole_mean, whole_m2)
+        out[j, i - skip] = scalar.standardised(d, whole_mean, whole_m2 / (window - 1))
 
 
 @cuda.jit(device=True)
@@ -377,9 +381,10 @@ def raw_features(
 def rolling_z(x, window, skip, out):
     """`kernels.rolling_z`; every block is scanned at once."""
     f, n = x.shape
-    if n:
+    blocks = -(-n // window) - skip // window
+    if blocks > 0:
         threads = min(WIDEST, max(32, 1 << (window - 1).bit_length()))
-        _rolling_z[(-(-n // window), f), threads](x, window, skip, out)
+        _rolling_z[(blocks, f), threads](x, window, skip, out)
 
 
 def void_nulls(z):
@@ -397,7 +402,7 @@ def _distances(z, low, high, centroids, label):
     """Label every row, and give its squared distance to the centroid."""
     best = cupy.empty(z.shape[1])
     bounds = cupy.asarray(low), cupy.asarray(high)
-    _nearest[grid(z.shape[1])](z, *bounds, cupy.asarray(centroids), label, best)
+    _nearest[grid(z.shape[1])](z, *bounds, cupy.asarray(np.ascontiguousarray(centroids.T)), label, best)
     return best
 
 

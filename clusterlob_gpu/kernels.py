@@ -98,45 +98,56 @@ def elapsed(ts, since):
 
 
 @jit
-def grown(n, mean, m2, x):
-    """Mean and sum of squared deviations of n values, the last of which is x, from those of the rest."""
+def grown(share, mean, m2, x):
+    """Mean and sum of squared deviations of 1 / share values, of which x is the last, from those before."""
     delta = x - mean
-    mean += delta / n
+    mean += delta * share
     return mean, m2 + delta * (x - mean)
 
 
 @jit
-def merged(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
-    """Mean and sum of squared deviations of two sets of values together; equal values keep 0 exactly."""
-    n = n_a + n_b
+def merged(mean_a, m2_a, mean_b, m2_b, share, weight):
+    """Mean and sum of squared deviations of two sets of values together; equal values keep 0 exactly.
+
+    Of n_a and n_b values: share = n_b / (n_a + n_b), weight = n_a share.
+    """
     gap = mean_b - mean_a
-    return mean_a + gap * (n_b / n), m2_a + m2_b + gap * gap * (n_a / n * n_b)
+    return mean_a + gap * share, m2_a + m2_b + gap * gap * weight
 
 
 @jit
-def standardised(x, n, mean, m2):
-    """(x - mean) / std with ddof = 1, and 0 where all n values are equal."""
-    if m2 == 0.0:
+def standardised(x, mean, variance):
+    """(x - mean) / std, and 0 where the variance is."""
+    if variance == 0.0:
         return 0.0
-    return (x - mean) / math.sqrt(m2 / (n - 1))
+    return (x - mean) / math.sqrt(variance)
 
 
 @jit
 def clipped(x, low, high):
     """x within [low, high] as float64; NaN stays NaN."""
     x = np.float64(x)
-    if x < low:
-        return low
-    if x > high:
-        return high
-    return x
+    x = low if x < low else x
+    return high if x > high else x
 
 
 @jit
-def squared_distance(x0, x1, x2, x3, x4, x5, y0, y1, y2, y3, y4, y5):
+def point(x, i):
+    """The six coordinates of column i of x (6, n)."""
+    return x[0, i], x[1, i], x[2, i], x[3, i], x[4, i], x[5, i]
+
+
+@jit
+def squared_distance(x, y):
     """Squared Euclidean distance of two points of six coordinates."""
-    d0, d1, d2, d3, d4, d5 = x0 - y0, x1 - y1, x2 - y2, x3 - y3, x4 - y4, x5 - y5
+    d0, d1, d2, d3, d4, d5 = x[0] - y[0], x[1] - y[1], x[2] - y[2], x[3] - y[3], x[4] - y[4], x[5] - y[5]
     return d0 * d0 + d1 * d1 + d2 * d2 + d3 * d3 + d4 * d4 + d5 * d5
+
+
+@jit
+def nearer(distance, c, best, label):
+    """Distance and number of the nearer of two centroids, the second at ties."""
+    return (distance, c) if distance < best else (best, label)
 
 
 @jit
@@ -269,30 +280,54 @@ def rolling_z(x, window, skip, out):
     Chan, Golub, LeVeque (1983), The American Statistician 37, 242-247.
     """
     f, n = x.shape
-    # Of every suffix of the block before, and of the prefix of this one, row by row: all columns at once.
-    mean, m2 = np.zeros((window, f)), np.zeros((window, f))
-    mu, ss = np.zeros(f), np.zeros(f)
-    for start in range(0, n, window):
-        mu[:], ss[:] = 0.0, 0.0
-        if start > 0:
-            for m in range(1, window):
-                for j in range(f):
-                    mu[j], ss[j] = grown(m, mu[j], ss[j], x[j, start - m] - x[j, start])
-                    mean[m, j], m2[m, j] = mu[j], ss[j]
-            mu[:], ss[:] = 0.0, 0.0
-        for i in range(start, min(start + window, n)):
-            m = i - start + 1
-            before = window - m
-            for j in range(f):
-                d = x[j, i] - x[j, start]
-                mu[j], ss[j] = grown(m, mu[j], ss[j], d)
-                if i < skip:
-                    continue
-                if i < window - 1:
-                    out[j, i - skip] = np.nan
-                    continue
-                whole_mean, whole_m2 = merged(before, mean[before, j], m2[before, j], m, mu[j], ss[j])
-                out[j, i - skip] = standardised(d, window, whole_mean, whole_m2)
+    size = np.arange(1, window + 1)
+    part = size / window
+    weight, share = (window - size) * part, 1.0 / size
+    d, e = np.zeros(window), np.zeros(window)
+    own, late = np.zeros((2, window)), np.zeros((2, window + 1))
+    for start in range(skip // window * window, n, window):
+        stop, first = min(start + window, n), max(0, skip - start)
+        for j in range(f):
+            _about_first(x[j], start, stop, d, e)
+            _grow(d, e, share, own, late)
+            _score(first, d, late, own, part, weight, out[j, start + first - skip : stop - skip])
+    out[:, : max(0, window - 1 - skip)] = np.nan
+
+
+@_pass
+def _about_first(x, start, stop, d, e):
+    """Values of a block less its first: `d` in order, `e` of the block before, from its last backwards."""
+    for i in range(stop - start):
+        d[i] = x[start + i] - x[start]
+    if start > 0:
+        for i in range(len(e)):
+            e[i] = x[start - 1 - i] - x[start]
+
+
+@_pass
+def _grow(d, e, share, own, late):
+    """Mean and m2 of d[: i + 1] in own[:, i], of the `window` - i values e[: window - i] in late[:, i].
+
+    Both at once: each waits for its last step, but not for the other's.
+    """
+    window = len(d)
+    mean, m2, late_mean, late_m2 = 0.0, 0.0, 0.0, 0.0
+    for i in range(window):
+        mean, m2 = grown(share[i], mean, m2, d[i])
+        own[0, i], own[1, i] = mean, m2
+        late_mean, late_m2 = grown(share[i], late_mean, late_m2, e[i])
+        late[0, window - 1 - i], late[1, window - 1 - i] = late_mean, late_m2
+
+
+@_pass
+def _score(first, d, late, own, part, weight, z):
+    """z-scores of the values d[first:]."""
+    last = 1.0 / (len(d) - 1)
+    mean_a, m2_a, mean_b, m2_b = late[0, first + 1 :], late[1, first + 1 :], own[0, first:], own[1, first:]
+    d, part, weight = d[first:], part[first:], weight[first:]
+    for i in range(len(z)):
+        mean, m2 = merged(mean_a[i], m2_a[i], mean_b[i], m2_b[i], part[i], weight[i])
+        z[i] = standardised(d[i], mean, m2 * last)
 
 
 @_pass
@@ -312,66 +347,39 @@ def void_nulls(z):
 
 
 @_pass
-def _padded(centroids):
-    """Centroids with some at infinity, which are never the nearest, so that they go up in groups."""
+def _columns(centroids):
+    """Centroids as columns (6, k), and some at infinity, never the nearest, so that they go up in groups."""
     k, f = centroids.shape
-    out = np.full((-(-k // _GROUP) * _GROUP, f), np.inf)
-    out[:k] = centroids
+    out = np.full((f, -(-k // _GROUP) * _GROUP), np.inf)
+    out[:, :k] = centroids.T
     return out
-
-
-@_pass
-def _nearest(x, n, centroids, best, label):
-    """Nearest centroid of the first n rows of x (6, tile), the first at ties, and the distance."""
-    for i in range(n):
-        best[i], label[i] = np.inf, NO_CLUSTER
-    for c in range(0, len(centroids), _GROUP):
-        a0, a1, a2, a3, a4, a5 = (
-            centroids[c, 0],
-            centroids[c, 1],
-            centroids[c, 2],
-            centroids[c, 3],
-            centroids[c, 4],
-            centroids[c, 5],
-        )
-        c1 = c + 1
-        b0, b1, b2, b3, b4, b5 = (
-            centroids[c1, 0],
-            centroids[c1, 1],
-            centroids[c1, 2],
-            centroids[c1, 3],
-            centroids[c1, 4],
-            centroids[c1, 5],
-        )
-        c2 = c + 2
-        e0, e1, e2, e3, e4, e5 = (
-            centroids[c2, 0],
-            centroids[c2, 1],
-            centroids[c2, 2],
-            centroids[c2, 3],
-            centroids[c2, 4],
-            centroids[c2, 5],
-        )
-        for i in range(n):
-            x0, x1, x2, x3, x4, x5 = x[0, i], x[1, i], x[2, i], x[3, i], x[4, i], x[5, i]
-            nearest, at = best[i], label[i]
-            first = squared_distance(x0, x1, x2, x3, x4, x5, a0, a1, a2, a3, a4, a5)
-            second = squared_distance(x0, x1, x2, x3, x4, x5, b0, b1, b2, b3, b4, b5)
-            third = squared_distance(x0, x1, x2, x3, x4, x5, e0, e1, e2, e3, e4, e5)
-            at = c if first < nearest else at
-            nearest = first if first < nearest else nearest
-            at = c1 if second < nearest else at
-            nearest = second if second < nearest else nearest
-            at = c2 if third < nearest else at
-            nearest = third if third < nearest else nearest
-            best[i], label[i] = nearest, at
 
 
 @_pass
 def _clip_tile(z, start, n, low, high, x):
     for j in range(len(x)):
+        column, bottom, top = z[j, start : start + n], low[j], high[j]
         for i in range(n):
-            x[j, i] = clipped(z[j, start + i], low[j], high[j])
+            x[j, i] = clipped(column[i], bottom, top)
+
+
+@_pass
+def _nearest(x, n, centroids, best, label):
+    """Nearest centroid of the first n columns of x (6, tile), the first at ties, and the squared distance."""
+    best[:], label[:] = np.inf, NO_CLUSTER
+    for c in range(0, centroids.shape[1], _GROUP):
+        first, second, third = point(centroids, c), point(centroids, c + 1), point(centroids, c + 2)
+        for i in range(n):
+            row = point(x, i)
+            distance, at = nearer(squared_distance(row, first), c, best[i], label[i])
+            distance, at = nearer(squared_distance(row, second), c + 1, distance, at)
+            best[i], label[i] = nearer(squared_distance(row, third), c + 2, distance, at)
+
+
+@_pass
+def _tile():
+    """Clipped rows of a tile, and the distance to and number of the nearest centroid of each."""
+    return np.empty((6, _TILE)), np.empty(_TILE), np.empty(_TILE, np.int64)
 
 
 @_pass
@@ -381,13 +389,12 @@ def nearest_centroid(z, low, high, centroids, label):
     z is (6, n) float32 with columns apart, clipped to [low, high] per feature, centroids (k, 6) float64;
     distances are float64.  A row with a NaN gets NO_CLUSTER.
     """
-    padded, x, best, at = _padded(centroids), np.empty((6, _TILE)), np.empty(_TILE), np.empty(_TILE, np.int8)
+    columns, (x, best, at) = _columns(centroids), _tile()
     for start in range(0, z.shape[1], _TILE):
         n = min(_TILE, z.shape[1] - start)
         _clip_tile(z, start, n, low, high, x)
-        _nearest(x, n, padded, best, at)
-        for i in range(n):
-            label[start + i] = at[i]
+        _nearest(x, n, columns, best, at)
+        label[start : start + n] = at[:n]
 
 
 @_pass
@@ -397,12 +404,12 @@ def lloyd_partial(z, low, high, centroids, sums, counts):
     z is (6, n) float32, clipped to [low, high] per feature; adds to `sums` (k, 6) float64 and
     `counts` (k,) int64 in row order and returns the sum of squared distances.  Rows with a NaN count nowhere.
     """
-    padded, x, best, at = _padded(centroids), np.empty((6, _TILE)), np.empty(_TILE), np.empty(_TILE, np.int8)
+    columns, (x, best, at) = _columns(centroids), _tile()
     inertia = 0.0
     for start in range(0, z.shape[1], _TILE):
         n = min(_TILE, z.shape[1] - start)
         _clip_tile(z, start, n, low, high, x)
-        _nearest(x, n, padded, best, at)
+        _nearest(x, n, columns, best, at)
         for i in range(n):
             c = at[i]
             if c != NO_CLUSTER:
@@ -424,7 +431,7 @@ def clip_columns(z, low, high, out):
 
 @_pass
 def count_high_bits(bits, counts):
-    """Histogram of the upper 16 of the ordered bits of a float32 column, NaN left out; adds to counts (65536,)."""
+    """Histogram of the upper 16 ordered bits of a float32 column without NaN; adds to counts (65536,)."""
     for i in range(len(bits)):
         if not is_nan_bits(bits[i]):
             counts[ordered_bits(bits[i]) >> np.uint32(16)] += 1
@@ -447,20 +454,21 @@ def bucket_flow(ts, sign, price, qty, label, start, width, size, count, high, lo
     s qty, `count` = (trades, sum of s) in its last axis, and the notional s price qty in two halves,
     sum = high 2^32 + low, so that a sum beyond 2^63 stays exact.  Trades of NO_CLUSTER count nowhere.
     """
-    b, stop = 0, start + width
+    b, stop = -1, start
     for i in range(len(ts)):
-        if ts[i] >= stop:
+        if b < 0 or ts[i] >= stop:
             b = (ts[i] - start) // width
             stop = start + (b + 1) * width
+            sizes, counts, highs, lows = size[b], count[b], high[b], low[b]
         c, s = label[i], np.int64(sign[i])
         if c == NO_CLUSTER:
             continue
-        size[b, c] += s * qty[i]
-        count[b, c, 0] += 1
-        count[b, c, 1] += s
+        sizes[c] += s * qty[i]
+        counts[c, 0] += 1
+        counts[c, 1] += s
         notional = s * price[i] * qty[i]
-        high[b, c] += notional >> 32
-        low[b, c] += notional & 0xFFFFFFFF
+        highs[c] += notional >> 32
+        lows[c] += notional & 0xFFFFFFFF
 
 
 @_pass
@@ -487,19 +495,23 @@ def markout_sums(
     n = len(book_ts)
     if len(ts) == 0:
         return
+    # Of every horizon, the last book row before it; all of them rise with the rows.
+    then = np.empty(len(horizons), np.int64)
     for h in range(len(horizons)):
-        horizon = horizons[h]
-        j = last_upto(book_ts, ts[0] + horizon - 1, 0, n)
-        b, stop = 0, start + width
-        for i in range(len(ts)):
-            if ts[i] >= stop:
-                b = (ts[i] - start) // width
-                stop = start + (b + 1) * width
-            at = ts[i] + horizon
+        then[h] = last_upto(book_ts, ts[0] + horizons[h] - 1, 0, n)
+    b, stop = 0, start + width
+    for i in range(len(ts)):
+        if ts[i] >= stop:
+            b = (ts[i] - start) // width
+            stop = start + (b + 1) * width
+        c = label[i]
+        if c == NO_CLUSTER:
+            continue
+        for h in range(len(horizons)):
+            at, j = ts[i] + horizons[h], then[h]
             while j + 1 < n and book_ts[j + 1] < at:
                 j += 1
-            c = label[i]
-            if c == NO_CLUSTER or j < 0 or at > last_ts or at - book_ts[j] > max_staleness:
-                continue
-            count[b, c, h] += 1
-            total[b, c, h] += move_bps(sign[i], mid2[row[i]], mid2[j])
+            then[h] = j
+            if j >= 0 and at <= last_ts and at - book_ts[j] <= max_staleness:
+                count[b, c, h] += 1
+                total[b, c, h] += move_bps(sign[i], mid2[row[i]], mid2[j])

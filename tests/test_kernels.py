@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from clusterlob_gpu import kernels
-from clusterlob_gpu.kernels import NO_LEVEL, NO_TIME
+from clusterlob_gpu.kernels import NO_CLUSTER, NO_LEVEL, NO_TIME
 
 quick = settings(max_examples=60, deadline=None)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -54,10 +54,17 @@ def rolling_exact(x: np.ndarray, window: int) -> list[float]:
     ]
 
 
-def rolling(x: np.ndarray, window: int) -> np.ndarray:
-    out = np.full(len(x), -7.0)
-    kernels.rolling_z(x, window, out)
+def scores(x: np.ndarray, window: int, skip: int = 0) -> np.ndarray:
+    out = np.full((len(x), x.shape[1] - skip), -7.0)
+    kernels.rolling_z(x, window, skip, out)
     return out
+
+
+def rolling(x: np.ndarray, window: int) -> np.ndarray:
+    return scores(x[None], window)[0]
+
+
+KINDS = ["level", "outliers", "constant stretches", "nulls", "wild"]
 
 
 def column(kind: str, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -75,7 +82,7 @@ def column(kind: str, n: int, rng: np.random.Generator) -> np.ndarray:
 
 @quick
 @given(
-    st.sampled_from(["level", "outliers", "constant stretches", "nulls", "wild"]),
+    st.sampled_from(KINDS),
     st.integers(2, 150),
     st.integers(0, 3),
     st.integers(-2, 2),
@@ -108,6 +115,40 @@ def test_rolling_z__null_reaches_as_far_as_its_window() -> None:
     assert np.flatnonzero(got).tolist() == [*range(6), *range(17, 24)]
 
 
+@quick
+@given(st.integers(1, 6), st.integers(2, 40), st.integers(0, 150), SEEDS)
+def test_rolling_z__columns_together_are_as_alone(f: int, window: int, n: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = np.stack([column(rng.choice(KINDS), n, rng) for _ in range(f)])
+    together = scores(x, window)
+    for j in range(f):
+        np.testing.assert_array_equal(together[j], rolling(x[j], window))
+
+
+@quick
+@given(st.integers(2, 40), st.integers(0, 150), st.integers(0, 150), SEEDS)
+def test_rolling_z__without_the_first(window: int, n: int, skip: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = np.stack([column(kind, n, rng) for kind in KINDS])
+    np.testing.assert_array_equal(scores(x, window, min(skip, n)), scores(x, window)[:, skip:])
+
+
+@quick
+@given(st.integers(2, 40), st.integers(1, 4), st.integers(1, 3), st.integers(0, 100), SEEDS)
+def test_rolling_z__cut_at_a_block_with_the_one_before_in_front(
+    window: int, blocks: int, lead: int, more: int, seed: int
+) -> None:
+    """The same bits, however much of what is before comes in front, and in float32 as well."""
+    rng = np.random.default_rng(seed)
+    cut, lead = blocks * window, min(lead, blocks) * window
+    x = np.stack([column(kind, cut + more, rng) for kind in KINDS])
+    piece = np.ascontiguousarray(x[:, cut - lead :])
+    np.testing.assert_array_equal(scores(piece, window, lead), scores(x, window)[:, cut:])
+    single = np.empty((len(x), more), np.float32)
+    kernels.rolling_z(piece, window, lead, single)
+    np.testing.assert_array_equal(single, scores(x, window)[:, cut:].astype(np.float32))
+
+
 def test_rolling_z__input_stays() -> None:
     x = np.random.default_rng(3).normal(size=300)
     before = x.copy()
@@ -115,7 +156,68 @@ def test_rolling_z__input_stays() -> None:
     np.testing.assert_array_equal(x, before)
 
 
+def moments(x: np.ndarray) -> tuple[float, float]:
+    """Mean and sum of squared deviations by `grown`."""
+    mean, m2 = 0.0, 0.0
+    for i in range(len(x)):
+        mean, m2 = kernels.grown(1 / (i + 1), mean, m2, x[i])
+    return mean, m2
+
+
+def merged(n_a: int, a: tuple[float, float], n_b: int, b: tuple[float, float]) -> tuple[float, float]:
+    share = n_b / (n_a + n_b)
+    return kernels.merged(*a, *b, share, n_a * share)
+
+
+@quick
+@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from(KINDS), SEEDS)
+def test_merged__is_all_values_one_by_one(n_a: int, n_b: int, kind: str, seed: int) -> None:
+    """Of values about an anchor, as everywhere."""
+    x = np.nan_to_num(column(kind, n_a + n_b, np.random.default_rng(seed)))
+    x -= x[0]
+    mean, m2 = merged(n_a, moments(x[:n_a]), n_b, moments(x[n_a:]))
+    exact = [Fraction(value) for value in x.tolist()]
+    want = sum(exact) / len(exact)
+    scale = np.abs(x).max()
+    assert mean == pytest.approx(float(want), rel=1e-13, abs=1e-13 * scale)
+    squares = float(sum((value - want) ** 2 for value in exact))
+    assert m2 == pytest.approx(squares, rel=1e-12, abs=1e-12 * scale**2)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e12, 5e-324])
+def test_merged__equal_values_have_no_deviations(value: float) -> None:
+    for n_a, n_b in ((1, 1), (3, 7), (99, 1)):
+        assert merged(n_a, (value, 0.0), n_b, (value, 0.0)) == (value, 0.0)
+
+
+def test_standardised__by_hand() -> None:
+    assert kernels.standardised(7.0, 3.0, 4.0) == 2.0
+    assert kernels.standardised(1.0, 3.0, 4.0) == -1.0
+    assert kernels.standardised(5.0, 5.0, 0.0) == 0.0
+    assert math.isnan(kernels.standardised(5.0, math.nan, math.nan))
+
+
+@quick
+@given(st.integers(0, 30), st.integers(1, 6), SEEDS)
+def test_void_nulls__one_null_makes_the_row_null(n: int, f: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    z = np.where(rng.random((f, n)) < 0.2, math.nan, rng.normal(size=(f, n))).astype(np.float32)
+    null = np.isnan(z).any(axis=0)
+    want = np.where(null, np.float32(math.nan), z)
+    assert kernels.void_nulls(z) == n - null.sum()
+    np.testing.assert_array_equal(z, want)
+
+
 # ---- as-of, changes, order --------------------------------------------------------------------------
+
+
+@quick
+@given(st.lists(st.integers(0, 9), max_size=20), st.integers(-1, 10), st.integers(0, 20), st.integers(0, 20))
+def test_last_upto__within_a_range(values: list[int], limit: int, low: int, high: int) -> None:
+    times, high = ints(*sorted(values)), min(high, len(values))
+    low = min(low, high)
+    upto = [j for j in range(low, high) if times[j] <= limit]
+    assert kernels.last_upto(times, limit, low, high) == (upto[-1] if upto else low - 1)
 
 
 @quick
@@ -128,6 +230,19 @@ def test_asof_before__is_the_last_row_before(n: int, m: int, inclusive: bool, se
     for t, got in zip(ts, row, strict=True):
         before = [j for j, b in enumerate(book_ts) if b < t or (inclusive and b == t)]
         assert got == (before[-1] if before else -1)
+
+
+@quick
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40), st.booleans(), SEEDS)
+def test_asof_before__a_piece_is_as_the_whole(n: int, m: int, cut: int, inclusive: bool, seed: int) -> None:
+    """Also a piece that starts late in the day, with the whole day's book."""
+    rng = np.random.default_rng(seed)
+    book_ts, ts = sorted_times(rng, m, 30), sorted_times(rng, n, 30)
+    whole, pieces = np.full(n, -7), np.full(n, -7)
+    kernels.asof_before(book_ts, ts, inclusive, whole)
+    for part in (slice(None, cut), slice(cut, None)):
+        kernels.asof_before(book_ts, ts[part], inclusive, pieces[part])
+    assert pieces.tolist() == whole.tolist()
 
 
 @quick
@@ -235,37 +350,61 @@ def distances(x: list[float], centroids: np.ndarray) -> list[Fraction]:
     ]
 
 
+def unbounded(f: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    return np.full(f, -INF), np.full(f, INF)
+
+
+def with_nulls(z: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rows of z of which some have a NaN in one column."""
+    null = rng.random(z.shape[1]) < 0.2
+    z[rng.integers(0, len(z), null.sum()), np.flatnonzero(null)] = math.nan
+    return z
+
+
 @quick
-@given(st.integers(0, 30), st.integers(1, 6), SEEDS)
-def test_nearest_centroid__first_of_the_nearest(n: int, k: int, seed: int) -> None:
-    """On a small grid, where distances are exact and ties are many."""
+@given(st.integers(0, 30), st.integers(1, 7), st.sampled_from([INF, 0.5]), SEEDS)
+def test_nearest_centroid__first_of_the_nearest(n: int, k: int, bound: float, seed: int) -> None:
+    """On a small grid, where distances are exact and ties are many; rows with a NaN have none."""
     rng = np.random.default_rng(seed)
-    z = rng.integers(-1, 2, (6, n)).astype(np.float32)
+    z = with_nulls(rng.integers(-1, 2, (6, n)).astype(np.float32), rng)
     centroids = rng.integers(-1, 2, (k, 6)) / 2
-    label = np.empty(n, np.int64)
-    kernels.nearest_centroid(z, centroids, label)
-    for row, got in zip(z.T.tolist(), label, strict=True):
-        to_each = distances(row, centroids)
-        assert got == to_each.index(min(to_each))
+    label = np.full(n, 99, np.int8)
+    kernels.nearest_centroid(z, np.full(6, -bound), np.full(6, bound), centroids, label)
+    for row, got in zip(np.clip(z.T, -bound, bound).tolist(), label, strict=True):
+        if any(math.isnan(value) for value in row):
+            assert got == NO_CLUSTER
+        else:
+            to_each = distances(row, centroids)
+            assert got == to_each.index(min(to_each))
 
 
 def test_nearest_centroid__tie_goes_to_the_first() -> None:
     z = np.zeros((6, 1), np.float32)
     label = np.full(1, 9)
-    kernels.nearest_centroid(z, np.array([[2.0] * 6, [-1.0] * 6, [1.0] * 6]), label)
+    kernels.nearest_centroid(z, *unbounded(), np.array([[2.0] * 6, [-1.0] * 6, [1.0] * 6]), label)
+    assert label[0] == 1
+
+
+def test_nearest_centroid__bounds_are_those_of_their_column() -> None:
+    z = np.full((6, 1), 9, np.float32)
+    high = np.arange(6.0)
+    label = np.full(1, 9)
+    kernels.nearest_centroid(z, np.full(6, -1.0), high, np.array([[9.0] * 6, high]), label)
     assert label[0] == 1
 
 
 @quick
-@given(st.integers(0, 60), st.integers(1, 5), st.sampled_from([INF, 1.0]), SEEDS)
+@given(st.integers(0, 60), st.integers(1, 7), st.sampled_from([INF, 1.0]), SEEDS)
 def test_lloyd_partial__sums_of_clipped_rows(n: int, k: int, bound: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    z = rng.normal(size=(6, n)).astype(np.float32)
+    z = with_nulls(rng.normal(size=(6, n)).astype(np.float32), rng)
     centroids = rng.normal(size=(k, 6))
     sums, counts = np.ones((k, 6)), np.ones(k, np.int64)
     inertia = kernels.lloyd_partial(z, np.full(6, -bound), np.full(6, bound), centroids, sums, counts)
     want_sums, want_counts, nearest = np.ones((k, 6)), Counter(range(k)), []
     for row in np.clip(z.T.astype(float), -bound, bound).tolist():
+        if any(math.isnan(value) for value in row):
+            continue
         to_each = distances(row, centroids)
         nearest.append(float(min(to_each)))
         c = to_each.index(min(to_each))
@@ -276,6 +415,24 @@ def test_lloyd_partial__sums_of_clipped_rows(n: int, k: int, bound: float, seed:
     assert inertia == pytest.approx(math.fsum(nearest), rel=1e-12)
 
 
+@quick
+@given(st.integers(0, 2000), st.integers(0, 2000), st.integers(1, 7), SEEDS)
+def test_lloyd_partial__pieces_add_up_to_the_whole(n: int, cut: int, k: int, seed: int) -> None:
+    """Sums have the same bits, wherever a day is cut."""
+    rng = np.random.default_rng(seed)
+    z = with_nulls(rng.normal(size=(6, n)).astype(np.float32), rng)
+    centroids, bounds = rng.normal(size=(k, 6)), (np.full(6, -1.5), np.full(6, 1.5))
+    whole, pieces = ((np.zeros((k, 6)), np.zeros(k, np.int64)) for _ in range(2))
+    inertia = kernels.lloyd_partial(z, *bounds, centroids, *whole)
+    parts = [
+        kernels.lloyd_partial(np.ascontiguousarray(part), *bounds, centroids, *pieces)
+        for part in (z[:, :cut], z[:, cut:])
+    ]
+    np.testing.assert_array_equal(pieces[0], whole[0])
+    np.testing.assert_array_equal(pieces[1], whole[1])
+    assert sum(parts) == pytest.approx(inertia, rel=1e-12)
+
+
 def test_clip_columns__null_stays_null() -> None:
     z = np.array([[-5.0, 0.5, 5.0, math.nan]] * 6, np.float32)
     low, high = np.linspace(-2, -1, 6, dtype=np.float32), np.linspace(1, 2, 6, dtype=np.float32)
@@ -283,6 +440,27 @@ def test_clip_columns__null_stays_null() -> None:
     kernels.clip_columns(z, low, high, out)
     for j in range(6):
         np.testing.assert_array_equal(out[j], [low[j], 0.5, high[j], np.float32(math.nan)])
+
+
+@quick
+@given(st.floats(width=32, allow_nan=False), st.floats(width=32, allow_nan=False))
+def test_ordered_bits__sort_like_the_floats(a: float, b: float) -> None:
+    low, high = (kernels.ordered_bits(bits) for bits in np.array([a, b], np.float32).view(np.uint32))
+    assert (low < high) == ((a, math.copysign(1, a)) < (b, math.copysign(1, b)))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_counts_of_bits__leave_out_nan(sign: int) -> None:
+    values = np.copysign(np.array([math.nan, 1.5, math.inf, math.nan], np.float32), np.float32(sign))
+    bits = values.view(np.uint32)
+    assert [bool(kernels.is_nan_bits(each)) for each in bits] == [True, False, False, True]
+    high = np.zeros(1 << 16, np.int64)
+    kernels.count_high_bits(bits, high)
+    assert high.sum() == 2
+    for bin_ in {int(kernels.ordered_bits(each)) >> 16 for each in bits}:
+        low = np.zeros(1 << 16, np.int64)
+        kernels.count_low_bits(bits, np.uint32(bin_), low)
+        assert low.sum() == high[bin_]
 
 
 @quick
@@ -306,12 +484,14 @@ def test_counts_of_bits__sort_like_floats(values: list[float]) -> None:
 
 
 @quick
-@given(st.integers(0, 40), SEEDS)
-def test_cluster_sums__per_label(n: int, seed: int) -> None:
+@given(st.integers(0, 40), st.integers(0, 40), SEEDS)
+def test_cluster_sums__per_label(n: int, cut: int, seed: int) -> None:
+    """In pieces as in one; the second piece adds.  Rows without a cluster count nowhere."""
     rng = np.random.default_rng(seed)
-    x, label = rng.integers(-9, 9, (6, n)).astype(float), rng.integers(0, 3, n)
+    x, label = rng.integers(-9, 9, (6, n)).astype(float), rng.integers(NO_CLUSTER, 3, n)
     sums = np.zeros((3, 6))
-    kernels.cluster_sums(x, label, sums)
+    for part in (slice(None, cut), slice(cut, None)):
+        kernels.cluster_sums(np.ascontiguousarray(x[:, part]), label[part], sums)
     for c in range(3):
         np.testing.assert_array_equal(sums[c], x[:, label == c].sum(axis=1))
 
@@ -320,9 +500,17 @@ def test_cluster_sums__per_label(n: int, seed: int) -> None:
 
 
 @quick
-@given(st.integers(0, 60), st.sampled_from([10, 2**31 - 1]), st.sampled_from([1, -1, 0]), SEEDS)
-def test_bucket_flow__exact_beyond_2_to_the_63(n: int, scale: int, one_side: int, seed: int) -> None:
-    """Single notionals reach 2^62, so that three of one sign already pass 2^63."""
+@given(
+    st.integers(0, 60),
+    st.integers(0, 60),
+    st.sampled_from([10, 2**31 - 1]),
+    st.sampled_from([1, -1, 0]),
+    SEEDS,
+)
+def test_bucket_flow__exact_beyond_2_to_the_63(
+    n: int, cut: int, scale: int, one_side: int, seed: int
+) -> None:
+    """Single notionals reach 2^62, so that three of one sign already pass 2^63; in two pieces."""
     rng = random.Random(seed)
     start, width = 1_000, 50
     rows = [
@@ -331,14 +519,18 @@ def test_bucket_flow__exact_beyond_2_to_the_63(n: int, scale: int, one_side: int
             one_side or rng.choice((1, -1)),
             rng.randint(scale // 2, scale),
             rng.randint(scale // 2, scale),
-            rng.randrange(3),
+            rng.randrange(NO_CLUSTER, 3),
         )
         for _ in range(n)
     ]
+    rows.sort(key=lambda row: row[0])
     ts, sign, price, qty, label = (np.array([row[i] for row in rows], np.int64) for i in range(5))
     size, high, low = (np.zeros((4, 3), np.int64) for _ in range(3))
     count = np.zeros((4, 3, 2), np.int64)
-    kernels.bucket_flow(ts, sign.astype(np.int8), price, qty, label, start, width, size, count, high, low)
+    tables = size, count, high, low
+    for part in (slice(None, cut), slice(cut, None)):
+        trades = (column[part] for column in (ts, sign.astype(np.int8), price, qty, label))
+        kernels.bucket_flow(*trades, start, width, *tables)
     for b in range(4):
         for c in range(3):
             mine = [row for row in rows if (row[0] - start) // width == b and row[4] == c]
@@ -357,24 +549,64 @@ def test_bucket_flow__three_large_buys_by_hand() -> None:
 
 
 @quick
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 40), st.integers(1, 40), SEEDS)
-def test_markout_sums__against_search(n: int, m: int, horizon: int, staleness: int, seed: int) -> None:
+@given(
+    st.integers(0, 30),
+    st.integers(0, 30),
+    st.lists(st.integers(0, 40), max_size=5),
+    st.integers(1, 40),
+    st.integers(0, 30),
+    SEEDS,
+)
+def test_markout_sums__against_search(
+    n: int, m: int, horizons: list[int], staleness: int, cut: int, seed: int
+) -> None:
+    """Horizons in any order, in two pieces; rows without a cluster, or before the book, count nowhere."""
     rng = np.random.default_rng(seed)
     book_ts, ts = sorted_times(rng, m, 100), sorted_times(rng, n, 100)
     mid2 = rng.integers(2_000, 2_010, m)
-    sign, label = rng.choice([-1, 1], n).astype(np.int8), rng.integers(0, 2, n)
-    row = rng.integers(0, m, n)
-    last_ts, width = 110, 25
-    count, total = np.zeros((4, 2), np.int64), np.zeros((4, 2))
-    kernels.markout_sums(
-        ts, sign, row, label, book_ts, mid2, last_ts, staleness, horizon, 0, width, count, total
-    )
-    moves: dict[tuple[int, int], list[float]] = {(b, c): [] for b in range(4) for c in range(2)}
-    for t, s, r, c in zip(*(column.tolist() for column in (ts, sign, row, label)), strict=True):
-        before = [j for j, b in enumerate(book_ts) if b < t + horizon]
-        if t + horizon <= last_ts and before and t + horizon - book_ts[before[-1]] <= staleness:
-            met, then = int(mid2[r]), int(mid2[before[-1]])
-            moves[t // width, c].append(float(Fraction(10_000 * s * (then - met), met)))
-    for (b, c), values in moves.items():
-        assert count[b, c] == len(values)
-        assert total[b, c] == pytest.approx(math.fsum(values), rel=1e-12, abs=1e-12)
+    sign, label = rng.choice([-1, 1], n).astype(np.int8), rng.integers(NO_CLUSTER, 2, n)
+    row = rng.integers(0, max(m, 1), n)
+    last_ts, width, h = 110, 25, len(horizons)
+    count, total = np.zeros((4, 2, h), np.int64), np.zeros((4, 2, h))
+    columns = ts, sign, row, label
+    outcome = book_ts, mid2, last_ts, staleness, np.array(horizons, np.int64), 0, width, count, total
+    for part in (slice(None, cut), slice(cut, None)):
+        kernels.markout_sums(*(column[part] for column in columns), *outcome)
+    moves: dict[tuple[int, int, int], list[float]] = {at: [] for at in np.ndindex(4, 2, h)}
+    for t, s, r, c in zip(*(column.tolist() for column in columns), strict=True):
+        for i, horizon in enumerate(horizons):
+            before = [j for j, b in enumerate(book_ts) if b < t + horizon]
+            known = t + horizon <= last_ts and before and t + horizon - book_ts[before[-1]] <= staleness
+            if known and c != NO_CLUSTER:
+                met, then = int(mid2[r]), int(mid2[before[-1]])
+                moves[t // width, c, i].append(float(Fraction(10_000 * s * (then - met), met)))
+    for at, values in moves.items():
+        assert count[at] == len(values)
+        assert total[at] == pytest.approx(math.fsum(values), rel=1e-12, abs=1e-12)
+
+
+@quick
+@given(st.integers(0, 200), st.integers(0, 200), SEEDS)
+def test_markout_sums__pieces_add_up_to_the_whole(n: int, cut: int, seed: int) -> None:
+    """The same bits, and every horizon as if it were the only one."""
+    rng = np.random.default_rng(seed)
+    book_ts, ts = sorted_times(rng, 50, 1000), sorted_times(rng, n, 1000)
+    sign, row, label = (rng.choice([-1, 1], n), rng.integers(0, 50, n), rng.integers(0, 3, n))
+    mid2, horizons = rng.integers(2_000, 2_010, 50), np.array([300, 0, 7])
+    tables = []
+    for parts, those in (
+        ((slice(None),), [horizons]),
+        ((slice(None, cut), slice(cut, None)), [horizons]),
+        ((slice(None),), [horizons[i : i + 1] for i in range(3)]),
+    ):
+        together = []
+        for each in those:
+            count, total = np.zeros((4, 3, len(each)), np.int64), np.zeros((4, 3, len(each)))
+            for part in parts:
+                columns = (column[part] for column in (ts, sign, row, label))
+                kernels.markout_sums(*columns, book_ts, mid2, 900, 100, each, 0, 250, count, total)
+            together.append((count, total))
+        tables.append([np.concatenate(column, axis=2) for column in zip(*together, strict=True)])
+    for count, total in tables[1:]:
+        np.testing.assert_array_equal(count, tables[0][0])
+        np.testing.assert_array_equal(total, tables[0][1])
