@@ -19,8 +19,8 @@ from clusterlob_gpu.flow_kernels import GROUP, N_LARGEST
 
 TEAM = 128
 """Threads of a block that works on a bar; a power of two."""
-SHARES = 4
-"""Blocks that share a bar."""
+MOST_BLOCKS = 2048
+"""Blocks of a pass over bars, unless there are more bars; several share a bar."""
 TABLE_BYTES = 1 << 28
 """Counts per window and key that are held at once."""
 
@@ -219,11 +219,16 @@ def merge_orders(ts, ts_exch, side, trade_id, notional, start, width, out_ts, ou
     return n if int(passed[0]) == len(ts) else -1 - int(passed[0])
 
 
+def _blocks(n_bars):
+    """Bars, and blocks that share each of them."""
+    return n_bars, max(1, MOST_BLOCKS // n_bars)
+
+
 def bar_prices(ts, price, qty, start, width, prices, size):
     """`flow_kernels.bar_prices`."""
     found = cupy.zeros((len(size), 6), np.int64)
     found[:, 1], found[:, 2] = _LEAST, _MOST
-    _bar_prices[(len(size), SHARES), TEAM](bucket_edges(ts, start, width, len(size)), price, qty, found)
+    _bar_prices[_blocks(len(size)), TEAM](bucket_edges(ts, start, width, len(size)), price, qty, found)
     found = cupy.asnumpy(found)
     traded = found[:, 1] >= found[:, 2]
     prices[traded] = found[traded, :4]
@@ -232,9 +237,10 @@ def bar_prices(ts, price, qty, start, width, prices, size):
 
 def bar_largest(ts, notional, start, width, largest):
     """`flow_kernels.bar_largest`."""
-    found = cupy.empty((len(largest), SHARES, N_LARGEST), np.int64)
-    _bar_largest[(len(largest), SHARES), TEAM](bucket_edges(ts, start, width, len(largest)), notional, found)
-    found = cupy.asnumpy(found).reshape(len(largest), -1)
+    n_bars = len(largest)
+    found = cupy.empty((*_blocks(n_bars), N_LARGEST), np.int64)
+    _bar_largest[_blocks(n_bars), TEAM](bucket_edges(ts, start, width, n_bars), notional, found)
+    found = cupy.asnumpy(found).reshape(n_bars, -1)
     largest[:] = np.sort(found)[:, : -1 - N_LARGEST : -1]
 
 
@@ -246,7 +252,7 @@ def class_flow(ts, side, notional, start, width, least, most, count, sums):
     found = cupy.zeros((n_classes, n_bars, 7), np.int64)
     bounds = cupy.asarray(least), cupy.asarray(most)
     edges = bucket_edges(ts, start, width, n_bars)
-    _class_flow[(n_bars, SHARES, n_classes), TEAM](edges, side, notional, *bounds, found)
+    _class_flow[(*_blocks(n_bars), n_classes), TEAM](edges, side, notional, *bounds, found)
     found = cupy.asnumpy(found)
     count += found[..., 0]
     sums += found[..., 1:].reshape(sums.shape)

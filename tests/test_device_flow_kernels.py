@@ -56,7 +56,7 @@ def gpu(device: Device) -> Iterator[Backend]:
         patch.setattr("clusterlob_gpu.device_kernels.THREADS", 8)
         patch.setattr("clusterlob_gpu.device_kernels.MOST_BLOCKS", 3)
         patch.setattr("clusterlob_gpu.device_flow_kernels.TEAM", 4)
-        patch.setattr("clusterlob_gpu.device_flow_kernels.SHARES", 2)
+        patch.setattr("clusterlob_gpu.device_flow_kernels.MOST_BLOCKS", 9)
         yield on
     backend.of.cache_clear()
 
