@@ -82,10 +82,14 @@ class TrainDay:
 def train_rows(train: TrainDay) -> tuple[int, int]:
     """Met trades of a day before its purge begins, and how many of them have z-scores."""
     job, book, state = train.task
-    met, _ = meet_day(job, day_context(job, book, state.book))
-    cut = int(job.on.xp.count_nonzero(met.ts < train.until))
-    z = day_scores(train.task, train.features.made)[0, :cut]
-    return cut, int(job.on.xp.count_nonzero(~job.on.xp.isnan(z)))
+
+    def count() -> tuple[int, int]:
+        met, _ = meet_day(job, day_context(job, book, state.book))
+        cut = int(job.on.xp.count_nonzero(met.ts < train.until))
+        z = day_scores(train.task, train.features.made)[0, :cut]
+        return cut, int(job.on.xp.count_nonzero(~job.on.xp.isnan(z)))
+
+    return with_room(job.on, count)
 
 
 @dataclass(frozen=True)
@@ -203,15 +207,23 @@ def fit_merged(task: tuple[FitJob, Bounds, np.ndarray]) -> Fit:
     """The library's fit from given centres, on all training rows in the memory of one worker."""
     fit, bounds, centres = task
     on = fit.train[0].job.on
-    rows = on.xp.concatenate([clustering.known_rows(train.z(), on) for train in fit.train], axis=1)
-    return clustering.fit_merged(bounds.clip(rows, on), centres, on)
+
+    def merged() -> Fit:
+        rows = on.xp.concatenate([clustering.known_rows(train.z(), on) for train in fit.train], axis=1)
+        return clustering.fit_merged(bounds.clip(rows, on), centres, on)
+
+    return with_room(on, merged)
 
 
 def clipped_rows(task: tuple[TrainDay, Bounds]) -> Any:
     """Training rows of a day as cuML wants them: (n, 6) float32 on the device, clipped, none with a NaN."""
     train, bounds = task
     on = train.job.on
-    return on.xp.ascontiguousarray(bounds.clip(clustering.known_rows(train.z(), on), on).T)
+
+    def rows() -> Any:
+        return on.xp.ascontiguousarray(bounds.clip(clustering.known_rows(train.z(), on), on).T)
+
+    return with_room(on, rows)
 
 
 Share = tuple[TrainDay, Bounds, np.ndarray]
@@ -231,13 +243,13 @@ def lloyd_day(shares: Sequence[Share]) -> list[Partial]:
 
 def high_counts_day(train: TrainDay) -> np.ndarray:
     """Counts of the upper halves of a training day's z-scores."""
-    return clustering.high_counts(train.z(), train.job.on)
+    return with_room(train.job.on, lambda: clustering.high_counts(train.z(), train.job.on))
 
 
 def low_counts_day(task: tuple[TrainDay, np.ndarray]) -> np.ndarray:
     """Counts of the lower halves inside the bins asked for."""
     train, bins = task
-    return clustering.low_counts(train.z(), bins, train.job.on)
+    return with_room(train.job.on, lambda: clustering.low_counts(train.z(), bins, train.job.on))
 
 
 # ---- labelling ------------------------------------------------------------------------------------------

@@ -1,0 +1,222 @@
+"""The whole GPU pipeline on a small lake, against the strict stand-in: same results as the CPU, no GPU.
+
+Kernels run under Numba's simulator, a Python thread per CUDA thread, so blocks and the lake are small.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import standin
+from standin.device import Device
+
+from clusterlob_gpu import backend, parity, pipeline
+from clusterlob_gpu.config import ClusterConfig, FlowConfig, make_config
+from clusterlob_gpu.errors import InputError
+from clusterlob_gpu.lake.synthetic import ingest_synthetic, make_market
+from clusterlob_gpu.workers import Place, open_workers
+
+DAYS = [dt.date(2024, 5, 1), dt.date(2024, 5, 2)]
+CLUSTER = [
+    "n_init=1",
+    "keep_trades=true",
+    "bucket=6h",
+    "window=20",
+    "horizons=[6h]",
+    "winsorize=[0.01, 0.99]",
+]
+FLOW = ["bar=1h", "min_trades=20", "refresh=bar", "threshold_window=12h", "unit=order"]
+THREADS = {"kind": "threads", "n_workers": 1}
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("gpu") / "lake"
+    ingest_synthetic(root, make_market(start=DAYS[0], days=2, trades_per_day=180, snapshots_per_day=240))
+    return root
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """The stand-in, and blocks of a few threads."""
+    with standin.installed() as device:
+        from clusterlob_gpu import device_flow_kernels, device_kernels
+
+        small = {"THREADS": 2, "MOST_BLOCKS": 1, "TEAM": 2, "WIDEST": 2, "PIECE": 64}
+        for module in (device_kernels, device_flow_kernels):
+            for name, value in small.items():
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, value)
+        backend.of.cache_clear()
+        yield device
+    backend.of.cache_clear()
+
+
+def run_cluster(
+    lake: Path, out: Path, machine: backend.Name, *settings: str, place: dict[str, object] = THREADS
+) -> Path:
+    config = make_config({}, [*CLUSTER, *settings], ClusterConfig)
+    return run(pipeline.run_cluster, lake, out, machine, config, place)
+
+
+def run_flow(lake: Path, out: Path, machine: backend.Name) -> Path:
+    return run(pipeline.run_flow, lake, out, machine, make_config({}, FLOW, FlowConfig), THREADS)
+
+
+def run(command, lake, out, machine, config, place) -> Path:
+    request = pipeline.RunRequest(
+        lake=lake,
+        exchange="synthetic",
+        symbols=("BTCUSDT",),
+        start=DAYS[0],
+        end=DAYS[-1],
+        out=out,
+        config=config,
+        pictures=False,
+        backend=machine,
+    )
+    with open_workers(Place(**place), lambda *_: None) as workers:
+        return command(request, workers)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(lake: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_cluster(lake, tmp_path_factory.mktemp("cpu") / "run", "cpu")
+
+
+def tables(out: Path) -> dict[str, pd.DataFrame]:
+    return {path.name: pd.read_parquet(path) for path in sorted((out / "results").glob("*.parquet"))}
+
+
+def assert_within(found: list[parity.Difference]) -> None:
+    assert [one for one in found if not one.ok] == []
+    assert sum(one.rows for one in found) > 500
+
+
+def test_cluster__whole_run_equals_the_cpu(lake: Path, on_cpu: Path, tmp_path: Path, device: Device) -> None:
+    """Every stage ran on the device, within the tolerances between backends."""
+    gpu = run_cluster(lake, tmp_path / "run", "gpu")
+    assert_within(parity.compare_cluster(on_cpu, gpu))
+    stages = {
+        "read": "cudf.read_parquet",
+        "lists": "kernel _reduce_levels",
+        "book": "kernel _book_fault",
+        "as-of": "kernel _meet_book",
+        "features": "kernel _raw_features",
+        "z-scores": "kernel _rolling_z",
+        "bounds": "kernel _count_high_bits",
+        "fit": "kernel _nearest",
+        "sums": "kernel _piece_sums",
+        "buckets": "kernel _bucket_flow",
+        "mark-outs": "kernel _markouts",
+        "mids": "kernel _asof_before",
+    }
+    missing = [stage for stage, call in stages.items() if not device.calls[call]]
+    assert missing == []
+    print(f"{len(stages)} stages of ClusterLOB ran through the stand-in")
+
+
+def test_cluster__pieces_of_a_day_change_nothing(lake: Path, tmp_path: Path, device: Device) -> None:
+    """Also the store of the first run is of no use to the second: trades are made again on the device."""
+    whole = tables(run_cluster(lake, tmp_path / "whole" / "run", "gpu"))
+    backend.of("gpu").rows_at_once = 64
+    cut = tables(run_cluster(lake, tmp_path / "cut" / "run", "gpu"))
+    for name, table in whole.items():
+        pd.testing.assert_frame_equal(cut[name], table, check_exact=True)
+
+
+def test_cluster__short_memory_is_reported_and_changes_nothing(
+    lake: Path,
+    tmp_path: Path,
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole = tables(run_cluster(lake, tmp_path / "whole" / "run", "gpu", "winsorize=null"))
+    peak = device.peak
+    backend.of.cache_clear()
+    monkeypatch.setattr(backend, "_LEAST_ROWS", 64)
+    backend.of("gpu").rows_at_once = 256
+    device.limit = int(peak * 0.8)
+    short = tables(run_cluster(lake, tmp_path / "short" / "run", "gpu", "winsorize=null"))
+    assert backend.of("gpu").rows_at_once < 256
+    assert "device memory is short: days are taken in pieces of 128 trades" in caplog.text
+    for name, table in whole.items():
+        pd.testing.assert_frame_equal(short[name], table, check_exact=True)
+
+
+def test_flow__whole_run_equals_the_cpu(lake: Path, tmp_path: Path, device: Device) -> None:
+    found = parity.on_both(lambda machine, out: run_flow(lake, out, machine), parity.compare_flow, tmp_path)
+    assert_within(found)
+    assert device.calls["cudf.read_parquet"]
+
+
+@pytest.mark.parametrize("engine", ["cuml", "cuml_dask"])
+def test_engines__reach_the_same_centres(
+    engine: str, lake: Path, on_cpu: Path, tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dask_cuda
+
+    monkeypatch.setattr(dask_cuda.LocalCUDACluster, "processes", False)
+    place = {"kind": "cuda", "n_workers": 1} if engine == "cuml_dask" else THREADS
+    gpu = run_cluster(lake, tmp_path / "run", "gpu", f"engine={engine}", place=place)
+    assert_within(parity.compare_cluster(on_cpu, gpu))
+
+
+def test_engines__need_their_machine(lake: Path, tmp_path: Path, device: Device) -> None:
+    with pytest.raises(InputError, match="engine = 'cuml': needs the gpu backend"):
+        run_cluster(lake, tmp_path / "run", "cpu", "engine=cuml")
+    with pytest.raises(InputError, match="engine = 'sklearn': computes on the CPU"):
+        run_cluster(lake, tmp_path / "run", "gpu", "engine=sklearn")
+    with pytest.raises(InputError, match="needs Dask workers with GPUs"):
+        run_cluster(lake, tmp_path / "run", "gpu", "engine=cuml_dask")
+
+
+@pytest.mark.parametrize("planted", ["cudf.merge_asof(None, None)", "cupy.maximum.accumulate(found)"])
+def test_planted__use_of_what_rapids_lacks_fails_the_run(
+    planted: str, lake: Path, tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line of the pipeline is replaced by one that pandas or NumPy would be happy with."""
+    from clusterlob_gpu.lake import device_decode
+
+    source = Path(device_decode.__file__).read_text()
+    line = "        return cudf.read_parquet(content, columns=names, row_groups=groups)"
+    assert line in source
+    code = source.replace(line, f"        found = cupy.zeros(3)\n        {planted}\n{line}")
+    monkeypatch.setattr(device_decode, "_read", None)
+    exec(compile(code, "planted", "exec"), vars(device_decode))
+    with pytest.raises((AttributeError, NotImplementedError), match="merge_asof|accumulate"):
+        run_cluster(lake, tmp_path / "run", "gpu")
+
+
+def test_choose__auto_takes_what_is_there(device: Device) -> None:
+    assert [backend.choose(asked) for asked in ("auto", "gpu", "cpu")] == ["gpu", "gpu", "cpu"]
+    assert backend.choose("auto", gpus=False) == "cpu"
+
+
+def test_choose__without_rapids_says_what_is_missing() -> None:
+    """Workers elsewhere are believed until they say otherwise."""
+    assert backend.choose("auto") == "cpu"
+    assert backend.choose("auto", gpus=True) == "gpu"
+    with pytest.raises(InputError, match=r"--backend gpu: cupy, cudf, cuml, rmm not installed"):
+        backend.choose("gpu")
+
+
+def test_import__needs_no_rapids_and_touches_no_cuda() -> None:
+    code = (
+        "import sys, pkgutil, importlib, clusterlob_gpu\n"
+        "names = [m.name for m in pkgutil.walk_packages(clusterlob_gpu.__path__, 'clusterlob_gpu.')]\n"
+        "host = [name for name in names if 'device_' not in name]\n"
+        "assert len(host) > 60\n"
+        "for name in host: importlib.import_module(name)\n"
+        "cuda = [n for n in sys.modules if n.split('.')[0] in ('cupy', 'cudf', 'cuml', 'rmm') or n == 'numba.cuda']\n"
+        "assert cuda == [], cuda\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
