@@ -23,6 +23,7 @@ from clusterlob_gpu import __version__
 from clusterlob_gpu.errors import ClusterlobError, InputError
 
 if TYPE_CHECKING:
+    from clusterlob_gpu.backend import Name
     from clusterlob_gpu.config import Preset, RunConfig
     from clusterlob_gpu.files import Location
     from clusterlob_gpu.lake.synthetic import MarketConfig, SyntheticReport
@@ -268,7 +269,7 @@ def label(model: Path, **options: Any) -> None:
 @_draws
 def sweep(file: Path, **options: Any) -> None:
     """Run every trial of a YAML file over shared stages, and compare them."""
-    from clusterlob_gpu import backend, console
+    from clusterlob_gpu import console
     from clusterlob_gpu import sweep as sweeps
     from clusterlob_gpu.workers import open_workers, read_place
 
@@ -276,7 +277,7 @@ def sweep(file: Path, **options: Any) -> None:
         lake=options["lake"],
         out=options["out"],
         store=options["store"],
-        backend=backend.choose(options["backend"]),
+        backend=_backend(options),
         file=sweeps.read_sweep(file),
         keep_current=True,
     )
@@ -286,7 +287,7 @@ def sweep(file: Path, **options: Any) -> None:
         _print(*console.sweep_plan_tables(made, tallies, problems))
         return
     began = time.time()
-    with _progress() as step, open_workers(read_place(options["workers"]), step) as workers:
+    with _progress() as step, open_workers(_place(options, request.backend), step) as workers:
         out = sweeps.run_sweep(request, workers)
     _show_finished(out, began)
 
@@ -305,6 +306,33 @@ def submit(place: str, dry_run: bool, command: tuple[str, ...]) -> None:
         click.echo(submission.render_submission(place, list(command)))
     else:
         click.echo(f"submitted: {submission.submit(place, list(command))}")
+
+
+@cli.command("parity")
+@_LAKE
+@click.option("--exchange", required=True, help="Exchange, as in the lake's partitions.")
+@click.option("--symbol", required=True, help="Instrument.")
+@click.option("--day", type=_DAY, required=True, help="First day, YYYY-MM-DD.")
+@click.option("--last-day", type=_DAY, help="Last day, included [default: the first].")
+@click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file of config keys.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One config key.")
+def parity(
+    file: Path | None, settings: tuple[str, ...], day: datetime, last_day: datetime | None, **where: Any
+) -> None:
+    """Compute a day on the CPU and on this machine's GPU, and show how far the results are apart."""
+    import tempfile
+
+    from clusterlob_gpu import backend, console
+    from clusterlob_gpu import parity as both
+    from clusterlob_gpu.config import read_yaml
+
+    backend.choose("gpu")
+    days = both.Day(first=day.date(), last=(last_day or day).date(), **where)
+    with tempfile.TemporaryDirectory(prefix="clusterlob-") as folder:
+        found = both.check(days, read_yaml(file) if file else {}, settings, Path(folder))
+    _print(console.difference_table(found))
+    if not all(one.ok for one in found):
+        raise ClusterlobError("the two backends differ by more than is allowed")
 
 
 @cli.command("report")
@@ -428,7 +456,6 @@ def _config(options: dict[str, Any], preset: Preset | None, experiment: str) -> 
 def _request(
     options: dict[str, Any], preset: Preset | None, config: RunConfig, models: Any = None
 ) -> RunRequest[Any]:
-    from clusterlob_gpu import backend
     from clusterlob_gpu.pipeline import RunRequest
 
     given = {
@@ -446,7 +473,7 @@ def _request(
         lake=options["lake"],
         out=options["out"],
         store=options["store"],
-        backend=backend.choose(options["backend"]),
+        backend=_backend(options),
         config=config,
         models=models,
         published=preset.published if preset else None,
@@ -455,12 +482,28 @@ def _request(
     )
 
 
+def _backend(options: dict[str, Any]) -> Name:
+    from clusterlob_gpu import backend
+    from clusterlob_gpu.places import read_place
+
+    return backend.choose(options["backend"], read_place(options["workers"]).gpus_there)
+
+
+def _place(options: dict[str, Any], machine: Name) -> Place:
+    """The place of --workers; where this process computes on a GPU, one task at a time has all of it."""
+    from clusterlob_gpu.places import ThreadsPlace, read_place
+
+    place = read_place(options["workers"])
+    alone = machine == "gpu" and isinstance(place, ThreadsPlace)
+    return ThreadsPlace(n_workers=1) if alone else place
+
+
 def _finish(experiment: Experiment[Any], request: RunRequest[Any], options: dict[str, Any]) -> None:
     """Run an experiment on its workers and print its tables, or only its plan."""
     from clusterlob_gpu.pipeline.run import execute
-    from clusterlob_gpu.workers import open_workers, read_place
+    from clusterlob_gpu.workers import open_workers
 
-    place = read_place(options["workers"])
+    place = _place(options, request.backend)
     if options["dry_run"]:
         _show_plan(experiment, request, place)
         return

@@ -11,6 +11,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from clusterlob_gpu.lake.tardis import FileReport, IngestReport
+    from clusterlob_gpu.parity import Difference
     from clusterlob_gpu.pipeline.plan import Plan
     from clusterlob_gpu.pipeline.stages import Tally
     from clusterlob_gpu.places import Place
@@ -105,6 +106,22 @@ def plan_tables(plan: Plan) -> list[Table]:
     if plan.left_out:
         tables.append(table("days left out", ["day"], [[text] for text in plan.left_out]))
     return tables
+
+
+def difference_table(found: Sequence[Difference]) -> Table:
+    """How far two backends are apart."""
+    columns = ["quantity", "values", "largest difference", "allowed", ""]
+    rows = [
+        [
+            one.quantity,
+            f"{one.rows:,}",
+            f"{one.found:.2g}",
+            f"{one.allowed:.0e}",
+            "ok" if one.ok else "DIFFERS",
+        ]
+        for one in found
+    ]
+    return table("cpu and gpu", columns, rows)
 
 
 def memory_line(plan: Plan, place: Place) -> str:

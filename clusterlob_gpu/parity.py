@@ -6,23 +6,28 @@ labels are equal, order-flow imbalance agrees to 1e-6 where all labels of a buck
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 
 from clusterlob_gpu.backend import Name
+from clusterlob_gpu.config import ClusterConfig, FlowConfig, RunConfig, make_config
 from clusterlob_gpu.errors import ClusterlobError
+from clusterlob_gpu.files import Location
+from clusterlob_gpu.pipeline.cluster import CLUSTER
+from clusterlob_gpu.pipeline.flow import FLOW
+from clusterlob_gpu.pipeline.run import RunRequest, execute
+from clusterlob_gpu.places import ThreadsPlace
 from clusterlob_gpu.schema import ALL_CLUSTERS, FEATURES, Z_FEATURES
+from clusterlob_gpu.workers import open_workers, read_place
 
 _FEATURES, _CENTROIDS, _LABELS, _FLOW, _IC = 1e-6, 1e-3, 1e-3, 1e-6, 1e-3
 _KEYS = ("symbol", "window_id", "cluster", "bucket_ts", "bar_ts", "signal", "target", "horizon")
-
-
-Runner = Callable[[Name, Path], Path]
-"""Runs an experiment on a backend into a folder, and gives that folder."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,57 @@ class Difference:
         return self.found <= self.allowed
 
 
-def on_both(run: Runner, compare: Callable[[Path, Path], list[Difference]], out: Path) -> list[Difference]:
-    """Differences of a run on the CPU and on the GPU, made below `out`."""
-    return compare(run("cpu", out / "cpu"), run("gpu", out / "gpu"))
+@dataclass(frozen=True)
+class Day:
+    """What is computed on both backends."""
+
+    lake: Path | Location
+    exchange: str
+    symbol: str
+    first: date
+    last: date
+
+    def run(self, config: RunConfig, machine: Name, out: Path) -> Path:
+        """Run the config's experiment on a backend in this process, and give its folder."""
+        request = RunRequest(
+            lake=self.lake,
+            exchange=self.exchange,
+            symbols=(self.symbol,),
+            start=self.first,
+            end=self.last,
+            out=out / machine / "run",
+            config=config,
+            pictures=False,
+            backend=machine,
+        )
+        experiment: Any = FLOW if isinstance(config, FlowConfig) else CLUSTER
+        place = read_place(None) if machine == "cpu" else ThreadsPlace(n_workers=1)
+        with open_workers(place, lambda *_: None) as workers:
+            return execute(request, experiment, workers)
+
+
+def check(days: Day, file: Mapping[str, Any], settings: Sequence[str], out: Path) -> list[Difference]:
+    """Differences of both experiments between the CPU and the GPU, computed below `out`.
+
+    Settings go to the experiment that knows them; raises ConfigError for one that neither knows.
+    """
+    found = []
+    for kind, compare in ((ClusterConfig, compare_cluster), (FlowConfig, compare_flow)):
+        config = make_config(*_known(kind, file, settings), kind)
+        if kind is ClusterConfig:
+            config = config.model_copy(update={"keep_trades": True})
+        runs = (days.run(config, machine, out / kind.__name__) for machine in get_args(Name))
+        found += compare(*runs)
+    return found
+
+
+def _known(
+    kind: type[RunConfig], file: Mapping[str, Any], settings: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """The settings that a kind of config knows, and those that no kind does, so that it complains."""
+    others = {*ClusterConfig.model_fields, *FlowConfig.model_fields} - set(kind.model_fields)
+    mine = {key: value for key, value in file.items() if key not in others}
+    return mine, [setting for setting in settings if setting.partition("=")[0].strip() not in others]
 
 
 def compare_cluster(one: Path, other: Path) -> list[Difference]:

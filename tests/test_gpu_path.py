@@ -17,8 +17,9 @@ import standin
 from standin.device import Device
 
 from clusterlob_gpu import backend, parity, pipeline
+from clusterlob_gpu.cli import cli
 from clusterlob_gpu.config import ClusterConfig, FlowConfig, make_config
-from clusterlob_gpu.errors import InputError
+from clusterlob_gpu.errors import ClusterlobError, InputError
 from clusterlob_gpu.lake.synthetic import ingest_synthetic, make_market
 from clusterlob_gpu.workers import Place, open_workers
 
@@ -152,9 +153,22 @@ def test_cluster__short_memory_is_reported_and_changes_nothing(
 
 
 def test_flow__whole_run_equals_the_cpu(lake: Path, tmp_path: Path, device: Device) -> None:
-    found = parity.on_both(lambda machine, out: run_flow(lake, out, machine), parity.compare_flow, tmp_path)
-    assert_within(found)
+    cpu, gpu = (run_flow(lake, tmp_path / machine / "run", machine) for machine in ("cpu", "gpu"))
+    assert_within(parity.compare_flow(cpu, gpu))
     assert device.calls["cudf.read_parquet"]
+
+
+def test_parity__command_shows_the_differences(
+    lake: Path, device: Device, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = f"parity --lake {lake} --exchange synthetic --symbol BTCUSDT --day {DAYS[0]}".split()
+    shared = [f"--set={setting}" for setting in (*CLUSTER, *FLOW) if "keep_trades" not in setting]
+    cli.main([*arguments, *shared], standalone_mode=False)
+    assert "DIFFERS" not in capsys.readouterr().out
+    monkeypatch.setattr(parity, "_FEATURES", -1.0)
+    with pytest.raises(ClusterlobError, match="the two backends differ by more than is allowed"):
+        cli.main([*arguments, *shared], standalone_mode=False)
+    assert "DIFFERS" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("engine", ["cuml", "cuml_dask"])
@@ -191,7 +205,7 @@ def test_planted__use_of_what_rapids_lacks_fails_the_run(
     code = source.replace(line, f"        found = cupy.zeros(3)\n        {planted}\n{line}")
     monkeypatch.setattr(device_decode, "_read", None)
     exec(compile(code, "planted", "exec"), vars(device_decode))
-    with pytest.raises((AttributeError, NotImplementedError), match="merge_asof|accumulate"):
+    with pytest.raises((AttributeError, NotImplementedError), match=r"merge_asof|accumulate"):
         run_cluster(lake, tmp_path / "run", "gpu")
 
 
@@ -215,7 +229,8 @@ def test_import__needs_no_rapids_and_touches_no_cuda() -> None:
         "host = [name for name in names if 'device_' not in name]\n"
         "assert len(host) > 60\n"
         "for name in host: importlib.import_module(name)\n"
-        "cuda = [n for n in sys.modules if n.split('.')[0] in ('cupy', 'cudf', 'cuml', 'rmm') or n == 'numba.cuda']\n"
+        "rapids = ('cupy', 'cudf', 'cuml', 'rmm')\n"
+        "cuda = [n for n in sys.modules if n.split('.')[0] in rapids or n == 'numba.cuda']\n"
         "assert cuda == [], cuda\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
