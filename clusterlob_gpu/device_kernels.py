@@ -486,7 +486,7 @@ def markout_sums(
 ):
     """`kernels.markout_sums`, sums made in pieces of rows of one bucket."""
     n, (_, k, h) = len(ts), count.shape
-    if n == 0:
+    if n == 0 or h == 0:
         return
     ends = cupy.asarray(np.append(np.arange(0, n, PIECE), n))
     edges = cupy.unique(cupy.concatenate([bucket_edges(ts, start, width, len(count)), ends]))
