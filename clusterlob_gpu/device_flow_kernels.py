@@ -43,7 +43,7 @@ def _bin_sizes(size, bins, totals):
 @cuda.jit
 def _sub_keys(size, bins, number, key):
     for i in range(cuda.grid(1), len(size), cuda.gridsize(1)):
-        key[i] = number[bins[i]] * scalar.SUB_BINS + scalar.size_sub_bin(size[i])
+        key[i] = number[bins[i]] * scalar.SUB_BINS + scalar.size_sub_bin(size[i], bins[i])
 
 
 @cuda.jit

@@ -38,12 +38,10 @@ _pass = njit(cache=True, nogil=True, error_model="numpy")
 
 @jit
 def highest_bit(a):
-    """Position of the highest set bit of a positive integer below 2^63."""
-    e = 0
-    for step in (32, 16, 8, 4, 2, 1):
-        if a >> (e + step):
-            e += step
-    return e
+    """Position of the highest set bit of a positive integer below 2^63: the exponent of its float."""
+    e = (np.float64(a).view(np.int64) >> 52) - 1023
+    # A float may be rounded up to the next power of two.
+    return e - ((a >> e) == 0)
 
 
 @jit
@@ -52,18 +50,14 @@ def size_bin(a):
 
     Never decreasing in a, at most N_BINS - 1.
     """
-    if a < SUB_BINS:
-        return a
-    e = highest_bit(a)
-    return ((e - SUB_BITS + 1) << SUB_BITS) | ((a >> (e - SUB_BITS)) & (SUB_BINS - 1))
+    rest = highest_bit(a | SUB_BINS) - SUB_BITS
+    return (rest << SUB_BITS) + (a >> rest)
 
 
 @jit
-def size_sub_bin(a):
-    """Place of a size inside its bin: the next ten bits; 0 where the bin is a single integer."""
-    if a < SUB_BINS:
-        return 0
-    rest = highest_bit(a) - SUB_BITS
+def size_sub_bin(a, b):
+    """Place of a size inside its bin b: the next ten bits; 0 where the bin is a single integer."""
+    rest = max((np.int64(b) >> SUB_BITS) - 1, 0)
     return (a >> max(rest - SUB_BITS, 0)) & ((1 << min(rest, SUB_BITS)) - 1)
 
 
@@ -155,16 +149,16 @@ def insert(largest, a):
 def bin_sizes(size, bins, totals):
     """Bin of every size, uint16, and the number of sizes per bin (adds to totals, int64)."""
     for i in range(len(size)):
-        b = size_bin(size[i])
-        bins[i] = b
-        totals[b] += 1
+        bins[i] = size_bin(size[i])
+    for i in range(len(size)):
+        totals[bins[i]] += 1
 
 
 @_pass
 def sub_keys(size, bins, number, key):
     """Key of every size: number of its bin 2^10 + its place inside the bin."""
     for i in range(len(size)):
-        key[i] = number[bins[i]] * SUB_BINS + size_sub_bin(size[i])
+        key[i] = number[bins[i]] * SUB_BINS + size_sub_bin(size[i], bins[i])
 
 
 @_pass
