@@ -215,7 +215,8 @@ def book_rows(job: DayJob[RunConfig], book: BookDay | None, until: int | None = 
         return on.decode.table(path, None)
     with pq.ParquetFile(path) as file:
         first = [file.metadata.row_group(at).column(0).statistics.min for at in range(file.num_row_groups)]
-    rows = on.decode.table(path, [at for at, ts in enumerate(first) if ts < until])
+    # Without any, all: cuDF takes no empty list of row groups.
+    rows = on.decode.table(path, [at for at, ts in enumerate(first) if ts < until] or None)
     return rows[rows["ts"] < until]
 
 
