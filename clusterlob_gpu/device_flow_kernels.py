@@ -41,25 +41,36 @@ def _bin_sizes(size, bins, totals):
 
 
 @cuda.jit
+def _count_keys(key, count):
+    for i in range(cuda.grid(1), len(key), cuda.gridsize(1)):
+        cuda.atomic.add(count, key[i], 1)
+
+
+@cuda.jit
 def _sub_keys(size, bins, number, key):
     for i in range(cuda.grid(1), len(size), cuda.gridsize(1)):
         key[i] = number[bins[i]] * scalar.SUB_BINS + scalar.size_sub_bin(size[i], bins[i])
 
 
 @cuda.jit
-def _pass_edge(key, edges, change, count):
-    """Add `change` for every row that a rising edge passes, at the first window whose edge lies behind it."""
+def _pass_edge(key, number, edges, change, count):
+    """Add `change` for every row that a rising edge passes, at the first window whose edge lies behind it.
+
+    Keys are counted under their numbers.
+    """
     for i in range(edges[0] + cuda.grid(1), edges[-1], cuda.gridsize(1)):
         window = search.last_upto(edges, i, 0, len(edges)) + 1
-        cuda.atomic.add(count, (window, key[i]), change)
+        cuda.atomic.add(count, (window, number[key[i]]), change)
 
 
 @cuda.jit
 def _cumulate(count):
     """Running sum over the windows, a thread per key."""
     for k in range(cuda.grid(1), count.shape[1], cuda.gridsize(1)):
+        total = count[0, k]
         for i in range(1, count.shape[0]):
-            count[i, k] += count[i - 1, k]
+            total += count[i, k]
+            count[i, k] = total
 
 
 @cuda.jit
@@ -161,6 +172,18 @@ def bin_sizes(size, bins, totals):
     totals += cupy.asnumpy(found)
 
 
+def count_keys(key, count):
+    """`flow_kernels.count_keys`."""
+    count += cupy.asnumpy(_counted(key, len(count)))
+
+
+def _counted(key, n_keys):
+    """Rows per key, on the device."""
+    found = cupy.zeros(n_keys, np.int64)
+    _count_keys[grid(len(key))](key, found)
+    return found
+
+
 def sub_keys(size, bins, number, key):
     """`flow_kernels.sub_keys`."""
     _sub_keys[grid(len(size))](size, bins, cupy.asarray(number), key)
@@ -178,31 +201,36 @@ def keep_marked(key, size, number, edges, kept_key, kept_size, kept_edges):
 def sliding_ranks(key, low, high, first, rank, count, at, rest):
     """`flow_kernels.sliding_ranks`; `count` stays as it is.
 
-    The counts of many windows are held at once: each is that of the window before, with the rows that
-    the upper edge passes and without those that the lower edge passes.
+    The counts of many windows are held at once, of those keys that there are: each is that of the window
+    before, with the rows that the upper edge passes and without those that the lower edge passes.
     """
-    n, n_groups = len(low), len(count) // GROUP + 1
+    keys = cupy.flatnonzero(_counted(key[low[0] : high[-1]], len(count)))
+    number = cupy.zeros(len(count), np.int32)
+    number[keys] = cupy.arange(len(keys), dtype=np.int32)
+    n, n_groups = len(low), len(keys) // GROUP + 1
     each = max(2, TABLE_BYTES // (4 * n_groups * GROUP))
-    asked = cupy.asarray(first), cupy.asarray(rank)
-    found = cupy.asarray(at), cupy.asarray(rest)
     before = cupy.zeros(n_groups * GROUP, np.int32)
-    before[: len(count)] = cupy.asarray(count)
+    before[: len(keys)] = cupy.asarray(count)[keys]
+    asked = cupy.searchsorted(keys, cupy.asarray(first)), cupy.asarray(rank)
+    found = cupy.zeros(first.shape, np.int64), cupy.zeros(first.shape, np.int64)
     for a in range(0, max(1, n - 1), each - 1):
         windows = slice(a, min(n, a + each))  # the first is the last of the batch before
-        counts = _window_counts(key, low[windows], high[windows], before)
+        counts = _window_counts(key, number, low[windows], high[windows], before)
         groups = counts.reshape(len(counts), n_groups, GROUP).sum(axis=2, dtype=np.int32)
         targets = [values[windows] for values in (*asked, *found)]
         _find_ranks[grid(targets[0].size)](counts, groups, *targets)
         before = counts[-1].copy()
-    at[:], rest[:] = map(cupy.asnumpy, found)
+    wanted = rank >= 0
+    at[wanted] = cupy.asnumpy(keys)[cupy.asnumpy(found[0])[wanted]]
+    rest[wanted] = cupy.asnumpy(found[1])[wanted]
 
 
-def _window_counts(key, low, high, before):
-    """Rows per key of every window, (n_windows, n_keys) int32, from those of the first."""
+def _window_counts(key, number, low, high, before):
+    """Rows per numbered key of every window, (n_windows, n) int32, from those of the first."""
     counts = cupy.zeros((len(low), len(before)), np.int32)
     counts[0] = before
     for edges, change in ((high, np.int32(1)), (low, np.int32(-1))):
-        _pass_edge[grid(int(edges[-1] - edges[0]))](key, cupy.asarray(edges), change, counts)
+        _pass_edge[grid(int(edges[-1] - edges[0]))](key, number, cupy.asarray(edges), change, counts)
     _cumulate[grid(len(before))](counts)
     return counts
 

@@ -155,6 +155,13 @@ def bin_sizes(size, bins, totals):
 
 
 @_pass
+def count_keys(key, count):
+    """Number of rows per key; adds to count (n_keys,) int64."""
+    for i in range(len(key)):
+        count[key[i]] += 1
+
+
+@_pass
 def sub_keys(size, bins, number, key):
     """Key of every size: number of its bin 2^10 + its place inside the bin."""
     for i in range(len(size)):

@@ -160,8 +160,9 @@ class _Search:
 
     def advance_all(self, key: Any, rows: np.ndarray, n_keys: int, on: Backend) -> None:
         """`advance`, counting the first window row by row."""
-        within = key[rows[self.low[0]] : rows[self.high[0]]]
-        self.advance(key, rows, on.to_host(on.xp.bincount(within, minlength=n_keys)), on)
+        count = np.zeros(n_keys, np.int64)
+        on.flow_kernels.count_keys(key[rows[self.low[0]] : rows[self.high[0]]], count)
+        self.advance(key, rows, count, on)
 
     def restart(self, number: np.ndarray, least: np.ndarray) -> None:
         """Pass on to finer keys: key k holds those from least[number[k]] on."""
@@ -263,7 +264,7 @@ def _bin_counts(days: list[Sizes], low: int, high: int, on: Backend) -> np.ndarr
         if first == 0 and last == n:
             count += sizes.totals
         elif first < last:
-            count += on.to_host(on.xp.bincount(sizes.bins[first:last], minlength=N_BINS))
+            on.flow_kernels.count_keys(sizes.bins[first:last], count)
         at += n
     return count
 
