@@ -39,6 +39,8 @@ FULL_TRADES = 3_950_000
 TASK_BYTES = 5_000
 """What a task of a day carries, pickled: 1 to 10 kB, its symbol, book, state and features."""
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # commands find the package compiled, as after any first run
+
 _PAGE = mmap.PAGESIZE
 _LEAST_S = 0.05
 """Time between two looks at a command's memory; a twentieth of the time goes into looking at most."""
