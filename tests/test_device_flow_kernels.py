@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -373,53 +371,3 @@ def test_tasks__room_is_made_where_memory_is_short(
 
 
 # ---- compiled ----------------------------------------------------------------------------------------
-
-PTX = """
-import sys
-from types import ModuleType, SimpleNamespace
-
-sys.modules["cupy"] = ModuleType("cupy")  # kernels do without
-from numba import boolean, cuda, int32, int64, uint8, uint16, void
-from numba.cuda import dispatcher
-from clusterlob_gpu import device_flow_kernels
-
-bins, side, flag, column, small = uint16[::1], uint8[::1], boolean[::1], int64[::1], int32[::1]
-table, cube, counts = int64[:, ::1], int64[:, :, ::1], int32[:, ::1]
-SIGNATURES = {
-    "_bin_sizes": [(column, bins, column)],
-    "_count_keys": [(bins, column), (column, column)],
-    "_sub_keys": [(column, bins, column, column)],
-    "_pass_edge": [(bins, small, column, int32, counts), (column, small, column, int32, counts)],
-    "_cumulate": [(counts,)],
-    "_find_ranks": [(counts, counts, table, table, table, table)],
-    "_begins": [(column, column, side, column, int64, int64, flag)],
-    "_order_sums": [(column, column, column, column)],
-    "_bar_prices": [(column, column, column, table)],
-    "_bar_largest": [(column, column, cube)],
-    "_class_flow": [(column, side, column, table, table, cube)],
-}
-kernels = {
-    name: kernel
-    for name, kernel in vars(device_flow_kernels).items()
-    if isinstance(kernel, dispatcher.CUDADispatcher) and not kernel.targetoptions.get("device")
-}
-assert set(kernels) == set(SIGNATURES), set(kernels) ^ set(SIGNATURES)
-for cc in ((8, 0), (9, 0)):
-    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
-    for name, signatures in SIGNATURES.items():
-        for signature in signatures:
-            ptx, _ = cuda.compile(kernels[name].py_func, void(*signature), cc=cc, device=False, abi="numba")
-            assert f".target sm_{cc[0]}{cc[1]}" in ptx, name
-            print(name, cc)
-"""
-
-
-def test_ptx__every_kernel_compiles() -> None:
-    """For A100 and H100, without a driver; in a process of its own, for here Numba simulates."""
-    pytest.importorskip("nvidia.cu13")
-    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", PTX], capture_output=True, text=True, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 2 * 13
