@@ -286,6 +286,7 @@ PASSES = (
         trade=10,
         room="flow_kernels",
     ),
+    Pass("count_keys", lambda d: (d.bins, np.zeros(N_BINS, np.int64)), trade=2, room="flow_kernels"),
     Pass(
         "sub_keys",
         lambda d: (d.notional, d.bins, np.arange(N_BINS), d.new(d.n)),

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
+import subprocess
 import sys
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -15,7 +20,7 @@ import numpy as np
 import pytest
 import standin
 
-from clusterlob_gpu import backend, flow_kernels, kernels
+from clusterlob_gpu import backend, flow_kernels, kernels, returns
 from clusterlob_gpu.backend import CPU
 from clusterlob_gpu.schema import US_PER_DAY
 
@@ -40,6 +45,7 @@ def load(name: str) -> ModuleType:
 
 passes = load("gpu_passes.py")
 bench = load("bench_gpu")
+bundle = load("rapids_bundle")
 
 
 @pytest.fixture
@@ -64,10 +70,12 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_bench_gpu__works_on_the_stand_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "WARM_TRADES", 180)
     monkeypatch.setattr(passes, "BAR", US_PER_DAY // 4)
-    sizes = "--days 2 --trades-per-day 180 --fold 1 --copy-mib 1 --repetitions 0 --threads 1"
-    settings = "n_init=1 bucket=6h window=20 bar=6h min_trades=20 horizons=[6h] max_staleness=12h"
+    for module in (passes, returns):
+        monkeypatch.setattr(module, "MARKOUTS_US", returns.MARKOUTS_US[:1])
+    sizes = "--days 1 --trades-per-day 180 --fold 1 --copy-mib 1 --repetitions 0 --threads 1"
+    settings = "k=2 n_init=1 bucket=6h bar=6h horizons=[6h] refresh=bar threshold_window=6h min_trades=20"
+    settings += " max_staleness=12h window=130"
     given = [*sizes.split(), *(part for each in settings.split() for part in ("--set", each))]
     bench.main([*given, "--folder", str(tmp_path), "--json", str(tmp_path / "gpu" / "none.json")])
     held = json.loads((tmp_path / "gpu" / "none.json").read_text())
@@ -127,3 +135,108 @@ def test_passes__need_no_more_bytes_than_their_columns_have(columns: Any, one: A
 @pytest.fixture(scope="module")
 def columns() -> Any:
     return passes.Columns(CPU, passes.random_columns(30_000, 7_000))
+
+
+def test_gpu_tests__work_on_the_stand_in() -> None:
+    """Those that cost little: so that nothing but the device is new on a GPU."""
+    pytest.importorskip("numba_cuda")
+    clean = os.environ | standin.environment()
+    cheap = "random_columns or reduce_book or flow__equals"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "tests/test_gpu.py",
+        "-k",
+        cheap,
+    ]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=clean, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert f"{len(passes.PASSES) + 2} passed" in done.stdout
+
+
+# ---- the bundle ---------------------------------------------------------------------------------------
+
+
+def entry(kind: int, arch: int, payload: bytes) -> bytes:
+    """An entry of a fat binary: kind 1 is PTX, 2 machine code."""
+    return struct.pack("<HHIQ12xI", kind, 0x101, 64, len(payload), arch).ljust(64, b"\0") + payload
+
+
+def fat_binary(*entries: bytes) -> bytes:
+    held = b"".join(entries)
+    return struct.pack("<IHHQ", bundle.FAT_BINARY, 1, 16, len(held)) + held
+
+
+def library(code: bytes) -> bytearray:
+    """A 64-bit ELF with its GPU code between two other sections."""
+    names = b"\0.text\0.nv_fatbin\0.shstrtab\0"
+    parts = [(0, b""), (1, b"host"), (7, code), (18, names)]
+    body, table = bytearray(0x40), b""
+    for name, content in parts:
+        table += struct.pack("<IIQQQQ", name, 1, 0, 0, len(body), len(content)).ljust(64, b"\0")
+        body += content
+    body[:6] = b"\x7fELF\x02\x01"
+    struct.pack_into("<Q10xHHH", body, 0x28, len(body), 64, len(parts), len(parts) - 1)
+    return body + table
+
+
+def test_prune__keeps_the_code_of_one_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "LEAST_CODE", 1)
+    mine, other, ptx = entry(2, 90, b"m" * 40), entry(2, 80, b"o" * 72), entry(1, 90, b"p" * 24)
+    before = fat_binary(other, mine, ptx) + bytes(8) + fat_binary(other)
+    gone = len(other) + len(ptx)
+    reduced = bytearray(fat_binary(mine)) + bytes(gone) + bytes(8) + fat_binary(other)
+    given = library(before)
+    assert bundle.prune(given, 90) == gone
+    assert given == library(bytes(reduced))
+    assert bundle.prune(given, 90) == 0
+    assert bundle.prune(bytearray(b"no library"), 90) == 0
+
+
+def test_prune__leaves_what_it_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries that do not end where their fat binary ends; and files with little GPU code."""
+    mine, other = entry(2, 90, b"m" * 40), entry(2, 80, b"o" * 72)
+    for code, least in ((fat_binary(other, mine, bytes(8)), 1), (fat_binary(other, mine), bundle.MIB)):
+        monkeypatch.setattr(bundle, "LEAST_CODE", least)
+        given = library(code)
+        assert bundle.prune(given, 90) == 0
+        assert given == library(code)
+
+
+def test_divide__runs_within_the_limit() -> None:
+    assert bundle.divide([3, 3, 4, 9, 1, 1], 10) == [[0, 1, 2], [3, 4], [5]]
+    assert bundle.divide([], 10) == []
+
+
+def test_write_bundle__pieces_unpack_to_the_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what is left out, whole after all pieces, with sums that hold."""
+    monkeypatch.setattr(bundle, "BIG_FILE", 5000)
+    rng, held = np.random.default_rng(3), {}
+    for name in ("one", "two"):
+        held |= {f"{name}/core.so": rng.bytes(6000), f"{name}/__init__.py": b"x = 1\n"}
+        with zipfile.ZipFile(tmp_path / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+            for path, content in held.items():
+                if path.startswith(name):
+                    wheel.writestr(path, content)
+            wheel.writestr(f"{name}/include/api.h", b"gone")
+    units = [unit for name in ("one", "two") for unit in bundle.units_of(name, [*tmp_path.glob(f"{name}-*")])]
+    streams = [bundle.compress(unit, 90) for unit in units]
+    out = tmp_path / "out"
+    out.mkdir()
+    bundle.write_bundle(out, units, streams, 8000)
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=out, check=True)
+    found = {}
+    for piece in sorted(out.glob("*.tar.xz")):
+        assert piece.stat().st_size <= 8000
+        with tarfile.open(piece) as tar:
+            found |= {one.name: tar.extractfile(one).read() for one in tar}  # type: ignore[union-attr]
+    assert found == held
+    assert (out / "MANIFEST.txt").read_text().splitlines()[0] == "rapids-1-one.tar.xz one 1.0"
+    subprocess.run(["bash", "-n", out / "install_bundle.sh"], check=True)
+    with pytest.raises(SystemExit, match="raise --piece-mib"):
+        bundle.write_bundle(out, units, streams, 3000)
