@@ -67,8 +67,8 @@ class Backend(Protocol):
         """Columns that were kept; those that are held no longer are made `again`."""
         ...
 
-    def make_room(self) -> bool:
-        """Take less memory from now on; False where nothing is left to give up."""
+    def make_room(self, attempt: int) -> bool:
+        """Take less memory, less still after further attempts; False where nothing is left to give up."""
         ...
 
     def kmeans(self, z: Any, centroids: np.ndarray, most_passes: int) -> tuple[np.ndarray, int]:
@@ -107,7 +107,7 @@ class _Cpu:
     ) -> Columns:
         return {name: load_column(folder, name) for name in names}
 
-    def make_room(self) -> bool:
+    def make_room(self, attempt: int) -> bool:  # noqa: ARG002
         return False
 
     def kmeans(self, z: np.ndarray, centroids: np.ndarray, most_passes: int) -> tuple[np.ndarray, int]:
@@ -162,11 +162,11 @@ class _Gpu:
         self._held.move_to_end(address)
         return self._held[address]
 
-    def make_room(self) -> bool:
-        """Let go of half of what is held; where nothing is, take days in half as large pieces."""
-        if self._held:
-            for _ in range(-(-len(self._held) // 2)):
-                self._held.popitem(last=False)
+    def make_room(self, attempt: int) -> bool:
+        """Let go of all that is held; where that has not been enough, take days in half as large pieces."""
+        held = bool(self._held)
+        self._held.clear()
+        if held and attempt == 0:
             return True
         if self.rows_at_once // 2 < _LEAST_ROWS:
             return False

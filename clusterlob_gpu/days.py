@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date, timedelta
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, Self, TypeVar
@@ -107,12 +108,13 @@ Answer = TypeVar("Answer")
 
 def with_room(on: Backend, work: Callable[[], Answer]) -> Answer:
     """What `work` gives, with less and less memory as long as the backend finds that there is too little."""
-    while True:
+    for attempt in count():
         try:
             return work()
         except MemoryError:
-            if not on.make_room():
+            if not on.make_room(attempt):
                 raise
+    raise AssertionError("unreachable")
 
 
 @dataclass(frozen=True)

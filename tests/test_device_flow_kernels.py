@@ -342,7 +342,7 @@ def test_tasks__bars_equal_those_of_the_cpu(gpu: Backend, lake: Path, unit: str,
         tasks = jobs(lake, machine)
         trades = reduced(tasks, unit)
         while machine == "gpu" and gpu._held:  # type: ignore[attr-defined]
-            assert gpu.make_room()
+            assert gpu.make_room(0)
         found.append(bars(tasks[-1], trades, sized=sized))
     for one, other in zip(*found, strict=True):
         pd.testing.assert_frame_equal(one, other, check_exact=True)
@@ -353,7 +353,7 @@ def test_tasks__a_lake_that_changed_is_found_when_trades_are_made_again(gpu: Bac
     tasks = jobs(lake, "gpu")
     trades = reduced(tasks, "trade")
     while gpu._held:  # type: ignore[attr-defined]
-        gpu.make_room()
+        gpu.make_room(0)
     rows = [lakes.TradeIn(lakes.at(day), 0, 1000, 5) for day in range(3)]
     lakes.write_lake(lake, trades=rows)
     with pytest.raises(ClusterlobError, match="trades was changed in the lake while it was read"):
