@@ -99,12 +99,15 @@ def test_pass_rates__launches_cancel() -> None:
     assert bench.pass_rates(10, 40, 0.004, 0.003, 4000.0)["beyond_gbs"] is None
 
 
-def test_bench_gpu__without_a_device_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_gpu__without_a_device_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_why_no_gpu", lambda: "no CUDA device is visible")
     with pytest.raises(SystemExit) as stopped:
         bench.main([])
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("bench_gpu: --backend gpu: ")
+    assert line.startswith("bench_gpu: --backend gpu: no CUDA device is visible")
 
 
 def test_passes__are_all_that_both_machines_have() -> None:

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -49,10 +50,12 @@ CAPTURES = Path(__file__).parents[2] / "shared" / "data" / "tardis"
 
 def why_not() -> str | None:
     """What keeps a GPU from being tested in this process."""
-    try:
-        backend.choose("gpu")
-    except InputError as error:
-        return str(error)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries, at their first import
+        try:
+            backend.choose("gpu")
+        except InputError as error:
+            return str(error)
     return None
 
 
@@ -66,7 +69,12 @@ STAND_IN = MISSING is None and is_stand_in()
 TAKEN = MISSING is None and not STAND_IN and os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 ELSEWHERE = "Numba's simulator is on in this process; test_gpu__in_a_process_of_its_own has a look"
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
+    # What the real libraries warn of is theirs: Numba, for one, of any launch below 128 blocks.
+    pytest.mark.filterwarnings("default"),
+]
 here = pytest.mark.skipif(TAKEN, reason=ELSEWHERE)
 real = pytest.mark.skipif(STAND_IN or TAKEN, reason="for a real device" if STAND_IN else ELSEWHERE)
 
