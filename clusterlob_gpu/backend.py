@@ -137,7 +137,7 @@ class _Gpu:
     flow_kernels: Any
     decode: Any
     name: Name = "gpu"
-    rows_at_once: int = 1 << 26
+    rows_at_once: int = 1 << 22
     _held: OrderedDict[str, Columns] = field(default_factory=OrderedDict)
 
     def array(self, column: Any) -> Any:

@@ -11,7 +11,11 @@ Imported only where a GPU, or Numba's simulator of one, is there.
 from __future__ import annotations
 
 import importlib.util
+import os
 from types import ModuleType
+
+# A bar or a mid has few blocks, and needs no more.  Numba reads it when numba.cuda is imported.
+os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")
 
 import cupy
 import numpy as np
