@@ -32,8 +32,9 @@ TEAM = 128
 """Threads of a block that adds up; a power of two."""
 MOST_BLOCKS = 4096
 """Blocks of a pass over independent rows; further rows are taken in turns."""
-WIDEST = 1024
-"""Threads of a block that scans a window; each has several values where the window is longer."""
+WIDEST = 512
+"""Threads of a block that scans a window, as many as have registers for it; each has several values where the
+window is longer."""
 
 
 def on_device(module: ModuleType) -> ModuleType:
