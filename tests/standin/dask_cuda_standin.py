@@ -30,6 +30,8 @@ class LocalCUDACluster(LocalCluster):
         passed = {"n_workers": 1, "threads_per_worker": 1, **passed, "processes": self.processes}
         if self.processes:
             passed["preload"] = "standin.worker"
+        else:
+            passed |= {"host": None, "protocol": "inproc"}
         super().__init__(**passed)
 
 
