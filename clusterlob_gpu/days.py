@@ -42,6 +42,7 @@ _READING: list[ModuleType | Path] = [
     schema,
     _HERE / "lake/decode.py",
     _HERE / "lake/device_decode.py",
+    _HERE / "lake/pages.py",
 ]
 _KERNELS: list[ModuleType | Path] = [kernels, _HERE / "device_kernels.py"]
 CONTEXT_CODE = source_hash(__file__, [*_KERNELS, context, *_READING])

@@ -1,7 +1,7 @@
 """Columns of Parquet row groups as NumPy arrays; `device_decode` gives CuPy arrays of the same.
 
-Snapshots are decoded in small batches and reduced at once to the few integers that are needed, so that
-memory stays small.
+The lists of snapshots are reduced, as soon as they are decoded, to the few integers that are needed, so that
+memory stays small: by `pages` where they are as this lake writes them, else by Arrow in small batches.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from clusterlob_gpu import kernels
 from clusterlob_gpu.errors import LakeError
 from clusterlob_gpu.files import Location
+from clusterlob_gpu.lake import pages
 from clusterlob_gpu.schema import LAKE_TABLES, NO_ID
 
 SNAPSHOT_BATCH = 16_384
@@ -63,7 +64,7 @@ def levels(
     file = parquet(where, source, meta)
     expect_lists(file.schema_arrow, where)
     rows = sum(meta.row_group(group).num_rows for group in groups)
-    return _reduced(file, groups, rows, depth)
+    return _reduced(file, source, groups, rows, depth)
 
 
 def table(path: Path, groups: list[int] | None) -> pd.DataFrame:
@@ -123,22 +124,38 @@ def expect_integers(kind: pa.DataType, nulls: int, where: Location, name: str) -
         raise LakeError(f"{where}: column {name} has {nulls} nulls; it may have none")
 
 
-def _reduced(file: pq.ParquetFile, groups: list[int], rows: int, depth: int) -> dict[str, np.ndarray]:
+def _reduced(
+    file: pq.ParquetFile, source: pa.NativeFile, groups: list[int], rows: int, depth: int
+) -> dict[str, np.ndarray]:
     """First entries and depth sums of the list columns; ArrowInvalid unless they have `rows` rows."""
     found = {name: np.empty(rows, np.int64) for names in LISTS.values() for name in names}
-    at = 0
-    for group in groups:  # one by one: what is buffered for a reader stays until it ends
-        for batch in file.iter_batches(SNAPSHOT_BATCH, [group], list(LISTS), use_threads=False):
-            if at + len(batch) > rows:
-                raise pa.ArrowInvalid(f"more rows of lists than the {rows} of the other columns")
-            for name, (best, total) in LISTS.items():
-                into = (found[column][at : at + len(batch)] for column in (best, total))
-                kernels.reduce_levels(*_list_buffers(batch[name]), depth, *into)
-            at += len(batch)
-    if at != rows:
-        raise pa.ArrowInvalid(f"{at} rows of lists beside {rows} of the other columns")
+    leaves = {file.schema.column(at).path.split(".")[0]: at for at in range(len(file.schema))}
+    for name, (best, total) in LISTS.items():
+        levels, at = pages.list_levels(file.schema_arrow.field(name)), 0
+        for group in groups:
+            meta = file.metadata.row_group(group)
+            rows_of = slice(at, at := at + meta.num_rows)
+            into = found[best][rows_of], found[total][rows_of]
+            chunk = meta.column(leaves[name])
+            if levels is None or not pages.reduce_chunk(source, chunk, levels, depth, *into):
+                _reduce_with_arrow(file, group, name, depth, *into)
     del found["unused"]
     return found
+
+
+def _reduce_with_arrow(
+    file: pq.ParquetFile, group: int, name: str, depth: int, best: np.ndarray, total: np.ndarray
+) -> None:
+    """`kernels.reduce_levels` of a list column of a row group, whatever its encoding."""
+    at = 0
+    for batch in file.iter_batches(SNAPSHOT_BATCH, [group], [name], use_threads=False):
+        upto = at + len(batch)
+        if upto > len(best):
+            raise pa.ArrowInvalid(f"more rows of lists than the {len(best)} of the other columns")
+        kernels.reduce_levels(*_list_buffers(batch[name]), depth, best[at:upto], total[at:upto])
+        at = upto
+    if at != len(best):
+        raise pa.ArrowInvalid(f"{at} rows of lists beside {len(best)} of the other columns")
 
 
 def _lists_integers(kind: pa.DataType) -> bool:
