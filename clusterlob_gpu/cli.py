@@ -108,9 +108,24 @@ def _draws(command: Callable[..., None]) -> Callable[..., None]:
         from clusterlob_gpu.painter import painting
 
         with nullcontext() if options.get("dry_run") else painting():
+            _load_numba()
             command(**options)
 
     return run
+
+
+def _load_numba() -> None:
+    """Load Numba without the BLAS that it borrows from SciPy: half a second, and no kernel here calls it.
+
+    SciPy itself is none the worse for it.  In a process that may have other kernels this would be wrong.
+    """
+    blas = "scipy.linalg.cython_blas"
+    if blas not in sys.modules:
+        sys.modules[blas] = None  # type: ignore[assignment]  # an import of it fails at once
+        try:
+            import numba.np.arraymath  # noqa: F401
+        finally:
+            del sys.modules[blas]
 
 
 _LAKE = click.option(

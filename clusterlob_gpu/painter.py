@@ -1,8 +1,8 @@
-"""A second process that draws pictures beside this one.
+"""A process that draws pictures beside this one.
 
-It is started by a command that will draw, loads what drawing needs while the command computes, and then takes
-pictures off the front of the list while the command takes them off its end.  Without it, or where it has
-died, the command draws alone: the files are the same.
+It is started by a command that will draw, and loads what drawing needs while the command computes.  Asked for
+the pictures of a run it forks, so that every core draws some of them.  Without it, or where it fails, the
+command draws alone: the files are the same.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path
-from threading import Thread
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clusterlob_gpu.page import Picture
 
 _beside: list[subprocess.Popen[str]] = []
 """The painter of this process, while there is one."""
@@ -31,13 +32,15 @@ def painting() -> Iterator[None]:
         return
     command = [sys.executable, "-P", "-m", "clusterlob_gpu.painter"]
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere, text=True)
+    # A group of its own, with which those that it forks are ended too.
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere, text=True, process_group=0)
     _beside.append(process)
     try:
         yield
     finally:
         _beside.remove(process)
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()  # closes the pipes and waits, also where it had died before
 
 
@@ -48,43 +51,23 @@ def _cores() -> int:
 
 
 def share(out: Path, count: int, draw: Callable[[int], None]) -> None:
-    """Draw the pictures 0 to count - 1 of the run at `out`, here by `draw` and beside by the painter."""
-    left, failed = deque(range(count)), deque[int]()
-    hand = Thread(target=_hand_over, args=(_beside[-1], out, left, failed)) if _beside else None
-    if hand is not None:
-        hand.start()
-    try:
-        for number in _until_empty(left.pop):
+    """Have the pictures 0 to count - 1 of the run at `out` drawn, by the painter or else here by `draw`."""
+    if not (_beside and _asked(_beside[-1], out, count)):
+        for number in range(count):
             draw(number)
-    finally:
-        left.clear()
-        if hand is not None:
-            hand.join()
-    for number in failed:
-        draw(number)
 
 
-def _until_empty(take: Callable[[], int]) -> Iterator[int]:
-    """What is left of a list from which another thread takes as well."""
-    while True:
-        try:
-            number = take()
-        except IndexError:
-            return
-        yield number
-
-
-def _hand_over(process: subprocess.Popen[str], out: Path, left: deque[int], failed: deque[int]) -> None:
-    """Ask the painter for one picture after the other, until none is left or it fails."""
+def _asked(process: subprocess.Popen[str], out: Path, count: int) -> bool:
+    """Whether the painter has drawn what it was asked for."""
     assert process.stdin is not None
     assert process.stdout is not None
-    for number in _until_empty(left.popleft):
-        with suppress(OSError):
-            print(json.dumps([str(out), number]), file=process.stdin, flush=True)
-            if process.stdout.readline() == "drawn\n":
-                continue
-        failed.append(number)
-        return
+    with suppress(OSError):
+        print(json.dumps([str(out), count]), file=process.stdin, flush=True)
+        return process.stdout.readline() == "drawn\n"
+    return False
+
+
+# ---- the painter's side -----------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -93,11 +76,36 @@ def main() -> None:
     from clusterlob_gpu import flow_pictures, page, pictures, report, sweep_pictures  # noqa: F401
 
     page.png(pictures.frame("", "", 1.0))  # loads fonts and what else is loaded late
-    pictures_of = lru_cache(maxsize=1)(report.pictures_of)
     for line in sys.stdin:
-        out, number = json.loads(line)
-        pictures_of(Path(out))[number].draw(Path(out))
-        print("drawn", flush=True)
+        out, count = json.loads(line)
+        wanted = report.pictures_of(Path(out))
+        drawn = len(wanted) == count and _drawn(wanted, Path(out))
+        print("drawn" if drawn else "failed", flush=True)
+
+
+def _drawn(pictures: Sequence[Picture], out: Path) -> bool:
+    """Draw by one process per core, each the next of the pictures; gives whether none failed."""
+    numbers, left = os.pipe()
+    hands = [_forked(pictures, out, numbers, left) for _ in range(min(_cores(), len(pictures)))]
+    os.close(numbers)
+    with open(left, "wb") as into, suppress(BrokenPipeError):
+        into.writelines(number.to_bytes(4) for number in range(len(pictures)))
+    ended = [os.waitpid(hand, 0)[1] for hand in hands]
+    return not any(ended)
+
+
+def _forked(pictures: Sequence[Picture], out: Path, numbers: int, left: int) -> int:
+    """A process that draws pictures by the numbers that it reads, four bytes each."""
+    hand = os.fork()
+    if hand:
+        return hand
+    try:
+        os.close(left)
+        while number := os.read(numbers, 4):
+            pictures[int.from_bytes(number)].draw(out)
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
 if __name__ == "__main__":

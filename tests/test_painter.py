@@ -9,7 +9,7 @@ import pytest
 from test_report import make_run
 
 from clusterlob_gpu import painter
-from clusterlob_gpu.report import render_run
+from clusterlob_gpu.report import pictures_of, render_run
 
 
 @pytest.fixture
@@ -33,20 +33,26 @@ def test_painter__draws_the_same_files(tmp_path: Path, beside: None) -> None:
     painter._beside.append(process)
 
 
-def test_painter__draws_what_it_is_handed(tmp_path: Path, beside: None) -> None:
-    """The command asks for all pictures, and draws none itself until the painter has drawn the first."""
+def test_painter__draws_all_of_them(tmp_path: Path, beside: None) -> None:
+    """The command draws none itself."""
     out = make_run(tmp_path / "run")
-    first = out / "plots" / "centroids_BTCUSDT.png"
-    here: list[int] = []
+    count, here = len(pictures_of(out)), list[int]()
+    painter.share(out, count, here.append)
+    assert here == []
+    drawn = list((out / "plots").iterdir())
+    assert len(drawn) == count > 2
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in drawn)
 
-    def wait(number: int) -> None:
-        while not first.exists():
-            pass
-        here.append(number)
 
-    painter.share(out, 3, wait)
-    assert 0 not in here
-    assert first.read_bytes()[:4] == b"\x89PNG"
+def test_painter__that_fails_leaves_it_to_the_command(tmp_path: Path, beside: None) -> None:
+    """A file where the folder of the pictures should be: nobody can draw, and the command says so."""
+    out = make_run(tmp_path / "run")
+    count, here = len(pictures_of(out)), list[int]()
+    (out / "plots").write_text("")
+    painter.share(out, count, here.append)
+    assert here == list(range(count))
+    (process,) = painter._beside
+    assert process.poll() is None
 
 
 def test_painter__that_has_died_is_done_without(tmp_path: Path, beside: None) -> None:
