@@ -16,7 +16,7 @@ from clusterlob_gpu import page
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.flow_evaluation import LARGE, SMALL, TOTAL
 from clusterlob_gpu.flow_view import NAMES, FlowView, signal_name
-from clusterlob_gpu.page import Picture, ic_cells, interval, number, text_table
+from clusterlob_gpu.page import Drawing, ic_cells, interval, number, text_table
 from clusterlob_gpu.regression import CONTROLLED, INTERACTED, INTERACTION
 
 EXPERIMENT = "flow"
@@ -439,13 +439,13 @@ def console_tables(out: Path) -> list[Table]:
     return tables
 
 
-def pictures_of(out: Path) -> list[Picture]:
+def drawings(out: Path) -> list[Drawing]:
     """Every picture of a finished run, to be drawn; raises InputError as `read_run`."""
     from clusterlob_gpu import flow_pictures
 
     _, views = read_run(out)
     return [
-        Picture(view.symbol, name, _CAPTIONS[name], partial(make, view))
+        Drawing(view.symbol, name, _CAPTIONS[name], partial(make, view))
         for view in views
         for name, make in flow_pictures.pictures(view)
     ]
@@ -457,7 +457,7 @@ def render(out: Path) -> list[Path]:
     Raises InputError as `read_run`.
     """
     info, views = read_run(out)
-    drawn = page.draw(out, pictures_of(out))
+    drawn = page.draw(out, drawings)
     sections = []
     for view in views:
         tables = [

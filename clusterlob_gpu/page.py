@@ -125,16 +125,22 @@ def write(path: Path, content: bytes) -> None:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture to be drawn."""
+    """A picture of a run."""
 
     symbol: str
     name: str
     caption: str
-    make: Callable[[], Figure]
 
     def file(self, out: Path) -> Path:
         """Where it is written: plots/<name>_<symbol>.png."""
         return out / "plots" / f"{self.name}_{re.sub(r'[^A-Za-z0-9._-]', '_', self.symbol)}.png"
+
+
+@dataclass(frozen=True)
+class Drawing(Picture):
+    """A picture to be drawn."""
+
+    make: Callable[[], Figure]
 
     def draw(self, out: Path) -> None:
         """Write its file."""
@@ -162,10 +168,15 @@ class Drawn:
         ]
 
 
-def draw(out: Path, pictures: Sequence[Picture]) -> Drawn:
-    """Write the file of every picture, by this process and its painter."""
-    painter.share(out, len(pictures), lambda number: pictures[number].draw(out))
-    return Drawn(out, pictures)
+def draw(out: Path, drawings: Callable[[Path], Sequence[Drawing]]) -> Drawn:
+    """Write the files of all drawings of a run, by the painter where there is one."""
+    painted = painter.painted(out)
+    if painted is not None:
+        return Drawn(out, [Picture(**one) for one in painted])
+    drawn = drawings(out)
+    for drawing in drawn:
+        drawing.draw(out)
+    return Drawn(out, drawn)
 
 
 def page(template: str, info: dict[str, Any], sections: list[Any]) -> bytes:

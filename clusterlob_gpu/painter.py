@@ -7,18 +7,19 @@ command draws alone: the files are the same.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from clusterlob_gpu.page import Picture
+    from clusterlob_gpu.page import Drawing
 
 _beside: list[subprocess.Popen[str]] = []
 """The painter of this process, while there is one."""
@@ -50,59 +51,57 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def share(out: Path, count: int, draw: Callable[[int], None]) -> None:
-    """Have the pictures 0 to count - 1 of the run at `out` drawn, by the painter or else here by `draw`."""
-    if not (_beside and _asked(_beside[-1], out, count)):
-        for number in range(count):
-            draw(number)
-
-
-def _asked(process: subprocess.Popen[str], out: Path, count: int) -> bool:
-    """Whether the painter has drawn what it was asked for."""
+def painted(out: Path) -> list[dict[str, str]] | None:
+    """Fields of the pictures that the painter has drawn of the run at `out`; None where it has not."""
+    if not _beside:
+        return None
+    process = _beside[-1]
     assert process.stdin is not None
     assert process.stdout is not None
-    with suppress(OSError):
-        print(json.dumps([str(out), count]), file=process.stdin, flush=True)
-        return process.stdout.readline() == "drawn\n"
-    return False
+    with suppress(OSError, ValueError):
+        print(json.dumps(str(out)), file=process.stdin, flush=True)
+        found: list[dict[str, str]] | None = json.loads(process.stdout.readline())
+        return found
+    return None
 
 
 # ---- the painter's side -----------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Draw what is asked for on standard input, until its end."""
+    """Draw the runs whose folders come on standard input, until its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's matter, which ends this one
     from clusterlob_gpu import flow_pictures, page, pictures, report, sweep_pictures  # noqa: F401
 
+    gc.disable()  # it would touch, and so copy, the memory that those that are forked share
     page.png(pictures.frame("", "", 1.0))  # loads fonts and what else is loaded late
     for line in sys.stdin:
-        out, count = json.loads(line)
-        wanted = report.pictures_of(Path(out))
-        drawn = len(wanted) == count and _drawn(wanted, Path(out))
-        print("drawn" if drawn else "failed", flush=True)
+        out = Path(json.loads(line))
+        drawings = report.drawings(out)
+        drawn = [{"symbol": one.symbol, "name": one.name, "caption": one.caption} for one in drawings]
+        print(json.dumps(drawn if _drawn(drawings, out) else None), flush=True)
 
 
-def _drawn(pictures: Sequence[Picture], out: Path) -> bool:
-    """Draw by one process per core, each the next of the pictures; gives whether none failed."""
+def _drawn(drawings: Sequence[Drawing], out: Path) -> bool:
+    """Draw by one process per core, each the next of the drawings; gives whether none failed."""
     numbers, left = os.pipe()
-    hands = [_forked(pictures, out, numbers, left) for _ in range(min(_cores(), len(pictures)))]
+    hands = [_forked(drawings, out, numbers, left) for _ in range(min(_cores(), len(drawings)))]
     os.close(numbers)
     with open(left, "wb") as into, suppress(BrokenPipeError):
-        into.writelines(number.to_bytes(4) for number in range(len(pictures)))
+        into.writelines(number.to_bytes(4) for number in range(len(drawings)))
     ended = [os.waitpid(hand, 0)[1] for hand in hands]
     return not any(ended)
 
 
-def _forked(pictures: Sequence[Picture], out: Path, numbers: int, left: int) -> int:
-    """A process that draws pictures by the numbers that it reads, four bytes each."""
+def _forked(drawings: Sequence[Drawing], out: Path, numbers: int, left: int) -> int:
+    """A process that draws, by the numbers that it reads, four bytes each."""
     hand = os.fork()
     if hand:
         return hand
     try:
         os.close(left)
         while number := os.read(numbers, 4):
-            pictures[int.from_bytes(number)].draw(out)
+            drawings[int.from_bytes(number)].draw(out)
         os._exit(0)
     finally:
         os._exit(1)

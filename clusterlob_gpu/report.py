@@ -19,7 +19,7 @@ from clusterlob_gpu import flow_report, page, sweep_report
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.findings import HEADLINE_SIGNAL, HEADLINE_TARGET, MIXED, findings
-from clusterlob_gpu.page import Picture, ic_cells, interval, number, text_table
+from clusterlob_gpu.page import Drawing, ic_cells, interval, number, text_table
 from clusterlob_gpu.schema import ALL_CLUSTERS, FEATURES, Z_FEATURES
 from clusterlob_gpu.view import SIDES, View
 
@@ -258,16 +258,16 @@ def _without(row: dict[str, str], *names: str) -> dict[str, str]:
 # ---- page
 
 
-def pictures_of(out: Path) -> list[Picture]:
+def drawings(out: Path) -> list[Drawing]:
     """Every picture of a finished run of any experiment, to be drawn; raises InputError as `read_run`."""
     other = _PASSED_ON.get(page.read_info(out).get("experiment"))
     if other is not None:
-        return other.pictures_of(out)
+        return other.drawings(out)
     from clusterlob_gpu import pictures
 
     _, views = read_run(out)
     return [
-        Picture(view.symbol, name, _CAPTIONS[name], partial(make, view))
+        Drawing(view.symbol, name, _CAPTIONS[name], partial(make, view))
         for view in views
         for name, make in pictures.pictures(view)
     ]
@@ -284,7 +284,7 @@ def render_run(out: Path) -> list[Path]:
     if other is not None:
         return other.render(out)
     info, views = read_run(out)
-    drawn = page.draw(out, pictures_of(out))
+    drawn = page.draw(out, drawings)
     sections = []
     for view in views:
         sections.append(

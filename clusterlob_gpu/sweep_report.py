@@ -20,7 +20,7 @@ from clusterlob_gpu import page
 from clusterlob_gpu.evaluation import LEVEL
 from clusterlob_gpu.flow_report import Section
 from clusterlob_gpu.flow_view import signal_name
-from clusterlob_gpu.page import Drawn, Picture, interval, number, text_table
+from clusterlob_gpu.page import Drawing, Drawn, interval, number, text_table
 from clusterlob_gpu.plain_statistics import normal_quantile
 from clusterlob_gpu.schema import ALL_CLUSTERS
 from clusterlob_gpu.sweep_view import (
@@ -327,7 +327,7 @@ def _search_row(view: SweepView) -> dict[str, str]:
     }
 
 
-def pictures_of(out: Path) -> list[Picture]:
+def drawings(out: Path) -> list[Drawing]:
     """Every picture of a finished sweep, to be drawn; raises InputError as `read_run`."""
     from clusterlob_gpu import sweep_pictures
 
@@ -335,9 +335,9 @@ def pictures_of(out: Path) -> list[Picture]:
     made = []
     if len(view.tests) >= MIN_P_VALUES:
         caption = "Are there more small p-values than chance gives?"
-        made.append(Picture(EXPERIMENT, "p_values", caption, partial(sweep_pictures.p_values, view)))
+        made.append(Drawing(EXPERIMENT, "p_values", caption, partial(sweep_pictures.p_values, view)))
     return made + [
-        Picture(symbol, name, caption, make)
+        Drawing(symbol, name, caption, make)
         for symbol in view.symbols
         for name, caption, make in sweep_pictures.symbol_pictures(headlines(view, symbol))
     ]
@@ -350,7 +350,7 @@ def render(out: Path) -> list[Path]:
     """
     out = Path(out)
     view = read_run(out)
-    drawn = page.draw(out, pictures_of(out))
+    drawn = page.draw(out, drawings)
     sections = [
         Section("All trials", findings(view), drawn.images(EXPERIMENT), list(_tables(view))),
         *(_symbol_section(drawn, view, symbol) for symbol in view.symbols),

@@ -9,7 +9,7 @@ import pytest
 from test_report import make_run
 
 from clusterlob_gpu import painter
-from clusterlob_gpu.report import pictures_of, render_run
+from clusterlob_gpu.report import drawings, render_run
 
 
 @pytest.fixture
@@ -34,23 +34,23 @@ def test_painter__draws_the_same_files(tmp_path: Path, beside: None) -> None:
 
 
 def test_painter__draws_all_of_them(tmp_path: Path, beside: None) -> None:
-    """The command draws none itself."""
     out = make_run(tmp_path / "run")
-    count, here = len(pictures_of(out)), list[int]()
-    painter.share(out, count, here.append)
-    assert here == []
-    drawn = list((out / "plots").iterdir())
-    assert len(drawn) == count > 2
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in drawn)
+    drawn = painter.painted(out)
+    assert drawn == [
+        {"symbol": one.symbol, "name": one.name, "caption": one.caption} for one in drawings(out)
+    ]
+    found = list((out / "plots").iterdir())
+    assert len(found) == len(drawn) > 2
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in found)
 
 
 def test_painter__that_fails_leaves_it_to_the_command(tmp_path: Path, beside: None) -> None:
-    """A file where the folder of the pictures should be: nobody can draw, and the command says so."""
+    """A file where the folder of the pictures should be: the command is the one to say so."""
     out = make_run(tmp_path / "run")
-    count, here = len(pictures_of(out)), list[int]()
     (out / "plots").write_text("")
-    painter.share(out, count, here.append)
-    assert here == list(range(count))
+    assert painter.painted(out) is None
+    with pytest.raises(FileExistsError):
+        render_run(out)
     (process,) = painter._beside
     assert process.poll() is None
 
@@ -61,14 +61,6 @@ def test_painter__that_has_died_is_done_without(tmp_path: Path, beside: None) ->
     process.kill()
     process.wait()
     assert "ic_BTCUSDT.png" in files(out)
-
-
-def test_share__an_error_of_the_drawing_is_raised(tmp_path: Path) -> None:
-    def fail(number: int) -> None:
-        raise IndexError(number)
-
-    with pytest.raises(IndexError):
-        painter.share(tmp_path, 3, fail)
 
 
 def test_painting__needs_a_core_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
