@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -22,7 +23,7 @@ import pandas as pd
 from clusterlob_gpu import flow_kernels, kernels
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.lake import decode
-from clusterlob_gpu.store import load_column, save_columns
+from clusterlob_gpu.store import load_column, open_column, save_columns
 
 Name = Literal["cpu", "gpu"]
 Columns = Mapping[str, Any]
@@ -63,6 +64,12 @@ class Backend(Protocol):
         """Keep the columns of the trades of an artefact that is being written to `folder`."""
         ...
 
+    def keeping(
+        self, folder: Path, address: str, name: str, shape: tuple[int, int]
+    ) -> AbstractContextManager[Any]:
+        """Room for a float32 column, the only one of its artefact, that is filled by `[:, rows] =`."""
+        ...
+
     def kept(self, folder: Path, address: str, names: Sequence[str], again: Callable[[], Columns]) -> Columns:
         """Columns that were kept; those that are held no longer are made `again`."""
         ...
@@ -97,6 +104,15 @@ class _Cpu:
 
     def keep(self, folder: Path, address: str, columns: Columns) -> None:  # noqa: ARG002 - the folder says it
         save_columns(folder, **columns)
+
+    def keeping(
+        self,
+        folder: Path,
+        address: str,  # noqa: ARG002
+        name: str,
+        shape: tuple[int, int],
+    ) -> AbstractContextManager[Any]:
+        return open_column(folder, name, np.dtype(np.float32), shape)
 
     def kept(
         self,
@@ -149,6 +165,18 @@ class _Gpu:
 
     def keep(self, folder: Path, address: str, columns: Columns) -> None:  # noqa: ARG002
         self._held[address] = columns
+
+    @contextmanager
+    def keeping(
+        self,
+        folder: Path,  # noqa: ARG002
+        address: str,
+        name: str,
+        shape: tuple[int, int],
+    ) -> Iterator[Any]:
+        column = self.xp.empty(shape, np.float32)
+        yield column
+        self._held[address] = {name: column}
 
     def kept(
         self,

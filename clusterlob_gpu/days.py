@@ -7,7 +7,9 @@ task makes is named before it is made (`book_artefact` and its like), so that a 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import date, timedelta
 from itertools import count
@@ -22,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clusterlob_gpu import backend, context, features, kernels, returns, schema
-from clusterlob_gpu.backend import Backend
+from clusterlob_gpu.backend import Backend, Columns
 from clusterlob_gpu.config import ClusterConfig, Config, RunConfig
 from clusterlob_gpu.context import BookCarry, BookSummary
 from clusterlob_gpu.errors import ClusterlobError
@@ -30,7 +32,7 @@ from clusterlob_gpu.features import MetTrades, Piece
 from clusterlob_gpu.files import Location
 from clusterlob_gpu.lake import layout, native, symbols
 from clusterlob_gpu.lake.native import SymbolLake
-from clusterlob_gpu.schema import FEATURES, Context
+from clusterlob_gpu.schema import FEATURES, Context, Trades
 from clusterlob_gpu.store import Artefact, Made, Store, array_hash, load_column, save_columns, source_hash
 
 _HERE = Path(__file__).parent
@@ -192,16 +194,21 @@ def reduce_book(job: DayJob[RunConfig]) -> BookDay:
     return BookDay.of(job.day, with_room(job.on, lambda: Store(job.store).make(artefact, fill)))
 
 
+_ROWS = pa.schema(
+    [pa.field(name, pa.float64() if name == "tick" else pa.int64(), False) for name in context.ROW_COLUMNS]
+)
+
+
 def _write_rows(rows: Any, path: Path, on: Backend) -> None:
     """Write book rows from the host: nothing of trades, and a tenth of what was read."""
-    integers = [name for name in context.ROW_COLUMNS if name != "tick"]
     pq.write_table(
-        pa.table({name: on.to_host(on.array(rows[name])) for name in context.ROW_COLUMNS}),
+        pa.table([on.to_host(on.array(rows[name])) for name in _ROWS.names], _ROWS),
         path,
         row_group_size=_BOOK_GROUP_ROWS,
-        compression="zstd",
+        compression="none",  # packed deltas leave nothing to compress
+        write_statistics=["ts"],
         use_dictionary=["tick"],
-        column_encoding=dict.fromkeys(integers, "DELTA_BINARY_PACKED"),
+        column_encoding={name: "DELTA_BINARY_PACKED" for name in _ROWS.names if name != "tick"},
     )
 
 
@@ -213,14 +220,22 @@ def book_rows(job: DayJob[RunConfig], book: BookDay | None, until: int | None = 
     on = job.on
     if book is None:
         return on.tables.DataFrame({name: on.xp.empty(0, np.int64) for name in context.ROW_COLUMNS})
-    path = Store(job.store).folder(book.made.address) / "rows.parquet"
     if until is None:
-        return on.decode.table(path, None)
-    with pq.ParquetFile(path) as file:
-        first = [file.metadata.row_group(at).column(0).statistics.min for at in range(file.num_row_groups)]
+        return on.decode.table(_rows_path(job, book), None)
     # Without any, all: cuDF takes no empty list of row groups.
-    rows = on.decode.table(path, [at for at, ts in enumerate(first) if ts < until] or None)
+    groups = [at for at, ts in enumerate(_group_starts(job, book)) if ts < until] or None
+    rows = on.decode.table(_rows_path(job, book), groups)
     return rows[rows["ts"] < until]
+
+
+def _rows_path(job: DayJob[RunConfig], book: BookDay) -> Path:
+    return Store(job.store).folder(book.made.address) / "rows.parquet"
+
+
+def _group_starts(job: DayJob[RunConfig], book: BookDay) -> list[int]:
+    """Time (us) of the first row of every row group of a day's book."""
+    with pq.ParquetFile(_rows_path(job, book)) as file:
+        return [file.metadata.row_group(at).column(0).statistics.min for at in range(file.num_row_groups)]
 
 
 def day_context(job: ClusterDay, book: BookDay | None, carry: BookCarry | None) -> Context:
@@ -229,18 +244,35 @@ def day_context(job: ClusterDay, book: BookDay | None, carry: BookCarry | None) 
     return context.make_context(book_rows(job, book), carry, qty_unit, job.config.spread, job.on)
 
 
-def meet_day(job: ClusterDay, book: Context, last: int | None = None) -> tuple[MetTrades, int]:
-    """The day's trades (or the last ones) with the book they met, and how many were read."""
+def _late_context(job: ClusterDay, book: BookDay | None, carry: BookCarry | None, since: int) -> Context:
+    """`day_context` for trades from `since` (us) on, of the last rows alone where those know enough."""
+    starts = _group_starts(job, book) if book is not None else []
+    # Of the row groups that begin before `since` the last but one: changes may lie further back.
+    first = bisect_left(starts, since) - 2
+    if first > 0 and book is not None:
+        rows = job.on.decode.table(_rows_path(job, book), list(range(first, len(starts))))
+        late = context.make_context(rows, None, job.lake.symbol.qty_unit, job.config.spread, job.on)
+        met = int(job.on.xp.searchsorted(late.ts, since)) - 1
+        if met >= 0 and kernels.NO_TIME not in [int(changes[met]) for changes in late.changes]:
+            return late
+    return day_context(job, book, carry)
+
+
+def meet_day(job: ClusterDay, book: Context) -> tuple[MetTrades, int]:
+    """The day's trades with the book they met, and how many were read."""
+    trades = job.lake.read_trades(job.day, on=job.on)
+    return _meet(job, trades, book), len(trades.ts)
+
+
+def _meet(job: ClusterDay, trades: Trades, book: Context) -> MetTrades:
     config = job.config
-    trades = job.lake.read_trades(job.day, last, on=job.on)
-    met = features.meet(
+    return features.meet(
         trades,
         book,
         max_staleness=config.max_staleness,
         inclusive=config.asof == "inclusive",
         on=job.on,
     )
-    return met, len(trades.ts)
 
 
 TailTask = tuple[ClusterDay, BookDay | None, BookCarry | None]
@@ -275,10 +307,13 @@ def own_tail(task: TailTask) -> TailDay:
         return TailDay(job.day, None, nothing)
 
     def fill(folder: Path) -> dict[str, Any]:
-        around, wanted = day_context(job, book, carry), job.config.window - 1
-        met, _ = meet_day(job, around, max(_TAIL_ROWS, 2 * wanted))
-        if len(met) < wanted:
-            met, _ = meet_day(job, around)
+        wanted = job.config.window - 1
+        for last in (max(_TAIL_ROWS, 2 * wanted), None):
+            trades = job.lake.read_trades(job.day, last, on=job.on)
+            around = _late_context(job, book, carry, int(trades.ts[0]))
+            met = _meet(job, trades, around)
+            if len(met) >= wanted:
+                break
         met = met.part(slice(max(0, len(met) - wanted), None))
         raw = job.on.xp.empty((len(FEATURES), len(met)))
         features.raw_features(met, around, raw, own_side=job.config.same_side == "own", on=job.on)
@@ -311,8 +346,12 @@ def make_features(task: FeatureTask) -> FeatureDay:
     artefact = feature_artefact(task)
 
     def fill(folder: Path) -> dict[str, Any]:
-        met, z, known, n = _scored(task)
-        job.on.keep(folder, artefact.address, {"z": z})
+        with ExitStack() as writing:
+
+            def room(shape: tuple[int, int]) -> Any:
+                return writing.enter_context(job.on.keeping(folder, artefact.address, "z", shape))
+
+            met, known, n = _score(task, room)
         job.require_unchanged("trades", artefact)
         dropped = features.without_scores(met, known, state.tail.shape[1], job.config.window)
         return {"trades": n, "kept": known, "dropped": dropped}
@@ -322,15 +361,20 @@ def make_features(task: FeatureTask) -> FeatureDay:
     return FeatureDay(job.day, made.brief(), kept["trades"], kept["kept"], kept["dropped"])
 
 
-def _scored(task: FeatureTask) -> tuple[MetTrades, Any, int, int]:
-    """A day's trades that met a book, z-scores of all, how many have some, and the trades of the day."""
+def _score(task: FeatureTask, room: Callable[[tuple[int, int]], Any]) -> tuple[MetTrades, int, int]:
+    """z-scores of a day's trades that met a book, to where there is `room`.
+
+    Gives the trades that met a book, how many have z-scores, and how many the day has.
+    """
     job, book, state = task
     around = day_context(job, book, state.book)
     met, n = meet_day(job, around)
-    z, known = job.on.xp.empty((len(FEATURES), len(met)), np.float32), 0
+    z, known = room((len(FEATURES), len(met))), 0
     for piece in day_pieces(task, met, around):
-        known += features.z_scores(piece, job.config.window, z[:, piece.rows], job.on)
-    return met, z, known, n
+        scores = job.on.xp.empty((len(FEATURES), len(piece.met)), np.float32)
+        known += features.z_scores(piece, job.config.window, scores, job.on)
+        z[:, piece.rows] = scores
+    return met, known, n
 
 
 def day_pieces(task: FeatureTask, met: MetTrades, around: Context) -> Iterator[Piece]:
@@ -344,8 +388,18 @@ def day_scores(task: FeatureTask, made: Made) -> Any:
     """z-scores (6, n) float32 of a day's met trades, as `make_features` made them; NaN where one has none."""
     job = task[0]
     folder = Store(job.store).folder(made.address)
-    z = job.on.kept(folder, made.address, ["z"], lambda: {"z": _scored(task)[1]})["z"]
-    return z
+
+    def again() -> Columns:
+        held: list[Any] = []
+
+        def room(shape: tuple[int, int]) -> Any:
+            held.append(job.on.xp.empty(shape, np.float32))
+            return held[0]
+
+        _score(task, room)
+        return {"z": held[0]}
+
+    return job.on.kept(folder, made.address, ["z"], again)["z"]
 
 
 MidsTask = tuple[DayJob[RunConfig], BookDay, BookCarry | None, np.ndarray]

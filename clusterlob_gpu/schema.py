@@ -203,3 +203,8 @@ class Context:
     mid_change: np.ndarray
     bid_change: np.ndarray
     ask_change: np.ndarray
+
+    @property
+    def changes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Times (us) of the last changes of mid, bid and ask."""
+        return self.mid_change, self.bid_change, self.ask_change

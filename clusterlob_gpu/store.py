@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -421,6 +421,29 @@ def save_columns(folder: Path, **columns: np.ndarray) -> None:
     """Write arrays as .npy files, which `load_column` maps without copying."""
     for name, values in columns.items():
         np.save(folder / f"{name}.npy", values)
+
+
+class OpenColumn:
+    """An array (f, n) in a file, filled a range of its columns at a time."""
+
+    def __init__(self, file: BinaryIO, kind: np.dtype[Any], n: int) -> None:
+        self._file, self._kind, self._n = file, kind, n
+        self._start = file.tell()
+
+    def __setitem__(self, at: tuple[slice, slice], values: np.ndarray) -> None:
+        """Write values (f, m) to `[:, start:stop]`."""
+        for row, part in enumerate(np.ascontiguousarray(values, self._kind)):
+            self._file.seek(self._start + (row * self._n + at[1].start) * self._kind.itemsize)
+            self._file.write(part.data)
+
+
+@contextmanager
+def open_column(folder: Path, name: str, kind: np.dtype[Any], shape: tuple[int, int]) -> Iterator[OpenColumn]:
+    """A new array file, as `save_columns` writes them, to be filled."""
+    with (folder / f"{name}.npy").open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        yield OpenColumn(file, kind, shape[1])
 
 
 _NPY_HEADER = re.compile(

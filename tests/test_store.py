@@ -18,7 +18,15 @@ from conftest import S3
 from clusterlob_gpu import bars, kernels
 from clusterlob_gpu.errors import ClusterlobError, InputError
 from clusterlob_gpu.files import Location
-from clusterlob_gpu.store import Artefact, Store, array_hash, load_column, save_columns, source_hash
+from clusterlob_gpu.store import (
+    Artefact,
+    Store,
+    array_hash,
+    load_column,
+    open_column,
+    save_columns,
+    source_hash,
+)
 
 HOUR = 3600
 
@@ -222,6 +230,20 @@ def test_columns__come_back_as_they_were_written(tmp_path: Path, name: str) -> N
     np.testing.assert_array_equal(back, array)
     assert (back.dtype, back.shape) == (array.dtype, array.shape)
     np.testing.assert_array_equal(back, np.load(tmp_path / f"{name}.npy"))
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_open_column__is_filled_in_parts(tmp_path: Path, size: int) -> None:
+    """The file is the one that `save_columns` writes."""
+    whole = np.arange(60, dtype=np.float32).reshape(6, 10)
+    with open_column(tmp_path, "z", whole.dtype, whole.shape) as column:
+        for start in range(0, 10, size):
+            column[:, start : min(10, start + size)] = whole[:, start : start + size]
+    save_columns(tmp_path, again=whole)
+    assert (tmp_path / "z.npy").read_bytes() == (tmp_path / "again.npy").read_bytes()
+    with open_column(tmp_path, "none", whole.dtype, (6, 0)):
+        pass
+    assert load_column(tmp_path, "none").shape == (6, 0)
 
 
 def test_columns__are_private_copies_of_the_file(tmp_path: Path) -> None:
