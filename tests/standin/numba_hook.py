@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from numba.core.config import reload_config
 
 _MOST_THREADS = 1024
 _TURN_S = 2e-5
@@ -27,6 +28,7 @@ def install() -> None:
     """Raises RuntimeError where numba.cuda was imported before the simulator was asked for."""
     global _original
     os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
+    reload_config()  # Numba itself does so only before it compiles something
     try:
         from numba.cuda.core import config
         from numba.cuda.simulator.kernel import FakeCUDAKernel
