@@ -57,6 +57,8 @@ Z_POWER = Z_95 + normal_quantile(0.8)
 """Standard errors that an effect must measure to be found with 80 % power by a two-sided 5 % test."""
 SAME_TEST = ("experiment", "symbol", "cluster", "signal", "target", "n", "ic", "hac_p")
 """Columns by which one test of a sweep is known from another: equal in all, they are one measurement."""
+_LONG_BLOCK = 8
+"""Rows of a block from which on it is faster to add up the blocks of a draw than to multiply."""
 _DRAWS_AT_ONCE = 64
 
 
@@ -222,23 +224,40 @@ def _block_sums(moments: Floats, length: int) -> Floats:
 def block_resamples(moments: Floats, block: int, draws: int, seed: int) -> Floats:
     """(draws, M) sums over circular block resamples of (T, M) moments.
 
-    A resample is T places: whole blocks, then one cut short.  Its sums are the sums of its blocks, so a draw
-    is a row of counts (how often each start came up) and all draws are one matrix product.
+    A resample is T places: whole blocks, then one cut short.  Its sums are the sums of its blocks: of few
+    blocks one after the other, of many as a product of how often each start came up in each draw.
     """
     rows = len(moments)
     whole, rest = divmod(rows, block)
     sums = _block_sums(moments, block)
     tail = _block_sums(moments, rest) if rest else None
     rng = np.random.default_rng(seed)
+    drawn = _added if block >= _LONG_BLOCK else _counted
     out = np.empty((draws, moments.shape[1]))
     for first in range(0, draws, _DRAWS_AT_ONCE):
         now = min(_DRAWS_AT_ONCE, draws - first)
-        starts = rng.integers(rows, size=(now, whole)) + np.arange(now)[:, None] * rows
-        counts = np.bincount(starts.ravel(), minlength=now * rows).reshape(now, rows)
-        out[first : first + now] = counts.astype(np.float64) @ sums
+        starts = rng.integers(rows, size=(now, whole))
+        out[first : first + now] = drawn(sums, starts)
         if tail is not None:
             out[first : first + now] += tail[rng.integers(rows, size=now)]
     return out
+
+
+def _added(sums: Floats, starts: Ints) -> Floats:
+    """(draws, M) sums of the rows of `sums` (T, M) that each draw (draws, n) names, one after the other."""
+    out = np.zeros((len(starts), sums.shape[1]))
+    for column in starts.T:
+        out += sums[column]
+    return out
+
+
+def _counted(sums: Floats, starts: Ints) -> Floats:
+    """The same as a matrix product with the number of times that a draw names each row."""
+    draws, rows = len(starts), len(sums)
+    places = starts + np.arange(draws)[:, None] * rows
+    counts = np.bincount(places.ravel(), minlength=draws * rows).reshape(draws, rows)
+    product: Floats = counts.astype(np.float64) @ sums
+    return product
 
 
 def bootstrap_ics(pairs: Sequence[Pair], block: int, draws: int, seed: int) -> Floats:

@@ -545,3 +545,15 @@ def test_markout__interval_covers_in_bursts() -> None:
         naive += abs(row["mean_bps"]) < 1.96 * (2 / counts.sum()) ** 0.5
     assert covered / 200 > 0.90
     assert naive / 200 < 0.60
+
+
+@pytest.mark.parametrize("block", [1, 7, 8, 40])
+def test_block_resamples__blocks_added_or_counted_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    moments = np.random.default_rng(5).normal(size=(101, 3))
+    sums = []
+    for long in (1, 1000):
+        monkeypatch.setattr(ev, "_LONG_BLOCK", long)
+        sums.append(ev.block_resamples(moments, block, 150, 3))
+    np.testing.assert_allclose(sums[0], sums[1], rtol=0, atol=1e-11)
