@@ -51,6 +51,8 @@ class Backend(Protocol):
     """`lake.decode` or `lake.device_decode`."""
     rows_at_once: int
     """Trades of a day whose features are held at once, a multiple of 4096."""
+    rows_read: int | None
+    """Trades of a day that are read at once; None: all of them."""
 
     def array(self, column: Any) -> Any:
         """Array of a table's column without nulls."""
@@ -94,6 +96,7 @@ class _Cpu:
     flow_kernels: Any = flow_kernels
     decode: Any = decode
     rows_at_once: int = 1 << 17
+    rows_read: int | None = 1 << 16
 
     def array(self, column: Any) -> np.ndarray:
         values: np.ndarray = column.to_numpy()
@@ -154,6 +157,7 @@ class _Gpu:
     decode: Any
     name: Name = "gpu"
     rows_at_once: int = 1 << 22
+    rows_read: int | None = None
     _held: OrderedDict[str, Columns] = field(default_factory=OrderedDict)
 
     def array(self, column: Any) -> Any:

@@ -23,13 +23,13 @@ from clusterlob_gpu.days import (
     ClusterDay,
     FeatureDay,
     FeatureTask,
+    Meetings,
     State,
     book_rows,
     day_context,
     day_pieces,
     day_scores,
     feature_artefact,
-    meet_day,
     with_room,
 )
 from clusterlob_gpu.errors import ClusterlobError, InputError
@@ -75,7 +75,7 @@ class TrainDay:
 
     def z(self) -> Any:
         """z-scores (6, n) float32 of the rows that may be trained on; NaN where a trade has none."""
-        z = day_scores(self.task, self.features.made)
+        z = day_scores(self.task, self.features)
         return z if self.cut is None else z[:, : self.cut]
 
 
@@ -84,9 +84,9 @@ def train_rows(train: TrainDay) -> tuple[int, int]:
     job, book, state = train.task
 
     def count() -> tuple[int, int]:
-        met, _ = meet_day(job, day_context(job, book, state.book))
-        cut = int(job.on.xp.count_nonzero(met.ts < train.until))
-        z = day_scores(train.task, train.features.made)[0, :cut]
+        meetings = Meetings(job, day_context(job, book, state.book))
+        cut = sum(int(job.on.xp.count_nonzero(met.ts < train.until)) for met in meetings)
+        z = day_scores(train.task, train.features)[0, :cut]
         return cut, int(job.on.xp.count_nonzero(~job.on.xp.isnan(z)))
 
     return with_room(job.on, count)
@@ -382,10 +382,9 @@ def _sums(task: LabelJob, asked: Sequence[Labelling]) -> list[_Sums]:
     """Label a day's trades piece by piece with every model asked for, and sum them up."""
     job, on = task.job, task.job.on
     around = day_context(job, task.book, task.state.book)
-    met, _ = meet_day(job, around)
-    z, mids = day_scores(task.feature_task, task.features.made), _mids(task, around)
+    z, mids = day_scores(task.feature_task, task.features), _mids(task, around)
     sums = [_Sums.none(model, width) for model, width in asked]
-    for piece in day_pieces(task.feature_task, met, around):
+    for piece in day_pieces(task.feature_task, Meetings(job, around), around):
         scores = z[:, piece.rows]
         for (model, width), held in zip(asked, sums, strict=True):
             label, when = model.label(scores, on), {"start": day_start_us(job.day), "width": width}
@@ -428,10 +427,9 @@ def _write_pieces(task: LabelJob, path: Path) -> None:
     """Write the trades piece by piece, so that they need not be in memory together."""
     job, on, (model, _) = task.job, task.job.on, task.asked[0]
     around = day_context(job, task.book, task.state.book)
-    met, _ = meet_day(job, around)
-    stored = day_scores(task.feature_task, task.features.made)
+    stored = day_scores(task.feature_task, task.features)
     with pq.ParquetWriter(path, _TRADE_FEATURES, compression="zstd") as writer:
-        for piece in day_pieces(task.feature_task, met, around):
+        for piece in day_pieces(task.feature_task, Meetings(job, around), around):
             z = on.xp.empty(piece.raw.shape)
             features.z_scores(piece, job.config.window, z, on)
             # Labels are those of the scores as they were stored.

@@ -8,8 +8,7 @@ task makes is named before it is made (`book_artefact` and its like), so that a 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date, timedelta
 from itertools import count
@@ -163,7 +162,10 @@ class FeatureDay:
     day: date
     made: Made
     trades: int
+    met: int
+    """Trades that met a book."""
     kept: int
+    """Trades that have z-scores."""
     dropped: dict[str, int]
 
 
@@ -258,10 +260,24 @@ def _late_context(job: ClusterDay, book: BookDay | None, carry: BookCarry | None
     return day_context(job, book, carry)
 
 
-def meet_day(job: ClusterDay, book: Context) -> tuple[MetTrades, int]:
-    """The day's trades with the book they met, and how many were read."""
-    trades = job.lake.read_trades(job.day, on=job.on)
-    return _meet(job, trades, book), len(trades.ts)
+class Meetings:
+    """A day's trades with the book they met, read and joined as they are asked for; their counts so far."""
+
+    def __init__(self, job: ClusterDay, book: Context) -> None:
+        self._job, self._book = job, book
+        self.trades = 0
+        self.met = 0
+        self.dropped = dict.fromkeys(features.DROPS.values(), 0)
+
+    def __iter__(self) -> Iterator[MetTrades]:
+        job = self._job
+        for trades in job.lake.trade_stretches(job.day, job.on.rows_read, on=job.on):
+            met = _meet(job, trades, self._book)
+            self.trades += len(trades.ts)
+            self.met += len(met)
+            for why, number in met.dropped.items():
+                self.dropped[why] += number
+            yield met
 
 
 def _meet(job: ClusterDay, trades: Trades, book: Context) -> MetTrades:
@@ -346,60 +362,50 @@ def make_features(task: FeatureTask) -> FeatureDay:
     artefact = feature_artefact(task)
 
     def fill(folder: Path) -> dict[str, Any]:
-        with ExitStack() as writing:
-
-            def room(shape: tuple[int, int]) -> Any:
-                return writing.enter_context(job.on.keeping(folder, artefact.address, "z", shape))
-
-            met, known, n = _score(task, room)
+        # Where a trade met no book the last columns stay empty.
+        shape = len(FEATURES), job.lake.size("trades", job.day)[0]
+        with job.on.keeping(folder, artefact.address, "z", shape) as z:
+            meetings, known = _score(task, z)
         job.require_unchanged("trades", artefact)
-        dropped = features.without_scores(met, known, state.tail.shape[1], job.config.window)
-        return {"trades": n, "kept": known, "dropped": dropped}
+        counts = meetings.dropped, meetings.met, known, state.tail.shape[1]
+        dropped = features.without_scores(*counts, job.config.window)
+        return {"trades": meetings.trades, "met": meetings.met, "kept": known, "dropped": dropped}
 
     made = with_room(job.on, lambda: Store(job.store).make(artefact, fill))
     kept = made.record
-    return FeatureDay(job.day, made.brief(), kept["trades"], kept["kept"], kept["dropped"])
+    return FeatureDay(job.day, made.brief(), **kept)
 
 
-def _score(task: FeatureTask, room: Callable[[tuple[int, int]], Any]) -> tuple[MetTrades, int, int]:
-    """z-scores of a day's trades that met a book, to where there is `room`.
-
-    Gives the trades that met a book, how many have z-scores, and how many the day has.
-    """
+def _score(task: FeatureTask, z: Any) -> tuple[Meetings, int]:
+    """Write z-scores of a day's met trades to the first columns of z; gives the trades, and how many have any."""
     job, book, state = task
-    around = day_context(job, book, state.book)
-    met, n = meet_day(job, around)
-    z, known = room((len(FEATURES), len(met))), 0
-    for piece in day_pieces(task, met, around):
+    around, known = day_context(job, book, state.book), 0
+    meetings = Meetings(job, around)
+    for piece in day_pieces(task, meetings, around):
         scores = job.on.xp.empty((len(FEATURES), len(piece.met)), np.float32)
         known += features.z_scores(piece, job.config.window, scores, job.on)
         z[:, piece.rows] = scores
-    return met, known, n
+    return meetings, known
 
 
-def day_pieces(task: FeatureTask, met: MetTrades, around: Context) -> Iterator[Piece]:
+def day_pieces(task: FeatureTask, met: Iterable[MetTrades], around: Context) -> Iterator[Piece]:
     """`features.pieces` of a day."""
     job, _, state = task
     own_side = job.config.same_side == "own"
     return features.pieces(met, around, state.tail, window=job.config.window, own_side=own_side, on=job.on)
 
 
-def day_scores(task: FeatureTask, made: Made) -> Any:
+def day_scores(task: FeatureTask, made: FeatureDay) -> Any:
     """z-scores (6, n) float32 of a day's met trades, as `make_features` made them; NaN where one has none."""
-    job = task[0]
-    folder = Store(job.store).folder(made.address)
+    job, address = task[0], made.made.address
+    folder = Store(job.store).folder(address)
 
     def again() -> Columns:
-        held: list[Any] = []
+        z = job.on.xp.empty((len(FEATURES), made.trades), np.float32)
+        _score(task, z)
+        return {"z": z}
 
-        def room(shape: tuple[int, int]) -> Any:
-            held.append(job.on.xp.empty(shape, np.float32))
-            return held[0]
-
-        _score(task, room)
-        return {"z": held[0]}
-
-    return job.on.kept(folder, made.address, ["z"], again)["z"]
+    return job.on.kept(folder, address, ["z"], again)["z"][:, : made.met]
 
 
 MidsTask = tuple[DayJob[RunConfig], BookDay, BookCarry | None, np.ndarray]

@@ -7,7 +7,7 @@ through in pieces, whose size changes nothing but the memory they take.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,6 +40,11 @@ class MetTrades:
 
     def __len__(self) -> int:
         return len(self.ts)
+
+    def parts(self, rows: int) -> Iterator[MetTrades]:
+        """The trades in parts of `rows`, the last of fewer."""
+        for start in range(0, len(self), rows):
+            yield self.part(slice(start, start + rows))
 
     def part(self, rows: slice) -> MetTrades:
         """The trades of a slice."""
@@ -113,26 +118,41 @@ class Piece(NamedTuple):
 
 
 def pieces(
-    met: MetTrades, context: Context, tail: np.ndarray, *, window: int, own_side: bool, on: Backend = CPU
+    meetings: Iterable[MetTrades],
+    context: Context,
+    tail: np.ndarray,
+    *,
+    window: int,
+    own_side: bool,
+    on: Backend = CPU,
 ) -> Iterator[Piece]:
-    """A day's met trades in pieces of `on.rows_at_once`, with raw features and those that their windows need.
+    """Met trades of a day, as they come, in pieces of at most `on.rows_at_once`, with their raw features and
+    those that their windows need.
 
     `tail` (6, l), l < window, holds the raw features of the last trades of the days before.
     """
-    n, lead = len(met), tail.shape[1]
-    size = max(1, min(n, on.rows_at_once))
-    held = on.xp.empty((len(FEATURES), 2 * window + size))
-    held[:, :lead] = on.xp.asarray(tail)
-    done = lead
-    for start in range(0, n, size):
-        rows = slice(start, min(n, start + size))
-        part, end = met.part(rows), lead + rows.stop - start
-        raw_features(part, context, held[:, lead:end], own_side=own_side, on=on)
-        yield Piece(rows, part, lead, held[:, :end])
-        # Windows are made of blocks counted from the first trade of the tail: the block before stays whole.
-        done += rows.stop - start
-        lead = min(done, done % window + window)
-        held[:, :lead] = held[:, end - lead : end].copy()
+    lead, n = tail.shape[1], 0
+    held = on.xp.empty((len(FEATURES), lead))
+    held[:] = on.xp.asarray(tail)
+    for met in meetings:
+        for part in met.parts(on.rows_at_once):
+            end = lead + len(part)
+            if end > held.shape[1]:
+                held = _widened(held, lead, 2 * window + len(part), on)
+            raw_features(part, context, held[:, lead:end], own_side=own_side, on=on)
+            yield Piece(slice(n, n + len(part)), part, lead, held[:, :end])
+            n += len(part)
+            # Windows are made of blocks counted from the first of the tail: the block before stays whole.
+            done = tail.shape[1] + n
+            lead = min(done, done % window + window)
+            held[:, :lead] = held[:, end - lead : end].copy()
+
+
+def _widened(held: Any, lead: int, columns: int, on: Backend) -> Any:
+    """Room for more columns, the first `lead` as they were."""
+    wide = on.xp.empty((len(held), columns))
+    wide[:, :lead] = held[:, :lead]
+    return wide
 
 
 def z_scores(piece: Piece, window: int, out: Any, on: Backend = CPU) -> int:
@@ -155,12 +175,14 @@ def last_columns(tail: np.ndarray, raw: np.ndarray, window: int) -> np.ndarray:
     return np.concatenate([tail, raw], axis=1)[:, -keep:]
 
 
-def without_scores(met: MetTrades, known: int, lead: int, window: int) -> dict[str, int]:
-    """Trades that were dropped, by reason, of a day of which `known` trades have z-scores.
+def without_scores(
+    dropped: Mapping[str, int], met: int, known: int, lead: int, window: int
+) -> dict[str, int]:
+    """Trades without z-scores by reason, of a day of which `met` trades met a book and `known` have scores.
 
-    To those that met no book: `warmup` (fewer than `window` trades so far, of which `lead` came before
-    the day), `null_change_time` (a trade in the window came before the first change of the mid or of the
+    To those that met none, `dropped`: `warmup` (fewer than `window` trades so far, of which `lead` came
+    before the day), `null_change_time` (a trade in the window came before the first change of the mid or of the
     price that it consumes).
     """
-    warm = max(0, min(len(met), window - 1 - lead))
-    return met.dropped | {"warmup": warm, "null_change_time": len(met) - known - warm}
+    warm = max(0, min(met, window - 1 - lead))
+    return {**dropped, "warmup": warm, "null_change_time": met - known - warm}

@@ -439,10 +439,11 @@ class OpenColumn:
 
 @contextmanager
 def open_column(folder: Path, name: str, kind: np.dtype[Any], shape: tuple[int, int]) -> Iterator[OpenColumn]:
-    """A new array file, as `save_columns` writes them, to be filled."""
+    """A new array file, as `save_columns` writes them, to be filled; what is left out is 0."""
     with (folder / f"{name}.npy").open("wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + shape[0] * shape[1] * kind.itemsize)
         yield OpenColumn(file, kind, shape[1])
 
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import lakes
 import numpy as np
 import pyarrow.parquet as pq
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from clusterlob_gpu import context, days
@@ -78,6 +78,29 @@ def test_own_tail__reads_few_rows(tmp_path: Path) -> None:
         ),
     )
     assert tail(tmp_path, _TAIL_ROWS=1, _BOOK_GROUP_ROWS=10)[1] <= 30
+
+
+@settings(max_examples=15, deadline=None)
+@given(market=lakes.markets(max_days=1), rows=st.integers(1, 30))
+def test_make_features__in_stretches_as_at_once(market: lakes.Market, rows: int) -> None:
+    """However many trades are read at a time: scores, counts and drops."""
+    with TemporaryDirectory() as folder:
+        root = Path(folder)
+        write(root, market)
+        symbol = open_symbol(root / "lake", lakes.EXCHANGE, lakes.SYMBOL)
+        day = day_of_us(market.trades[0].ts) if market.trades else day_of_us(NOON)
+        assume(symbol.has("trades", day) and symbol.has("book_snapshot_25", day))
+        found = []
+        for number, read in enumerate((rows, None)):
+            config = ClusterConfig(window=WINDOW)
+            job = DayJob(symbol, Location.of(root / f"store{number}"), config, day)
+            with patch.object(CPU, "rows_read", read):
+                task = job, days.reduce_book(job), days.State(None, np.empty((6, 0)))
+                made = days.make_features(task)
+            found.append((made.trades, made.met, made.kept, made.dropped, days.day_scores(task, made)))
+        assert found[0][:4] == found[1][:4]
+        assert sum(made.dropped.values()) + made.kept == made.trades
+        np.testing.assert_array_equal(found[0][4], found[1][4])
 
 
 def test_make_context__changes_are_those_of_its_columns() -> None:

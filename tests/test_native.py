@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,43 @@ def test_read__two_symbols_in_one_file(tmp_path: Path, group_rows: int) -> None:
         assert len(other.read_book(TODAY, table, 5).ts) == len(decoy_books)
     assert set(other.read_trades(TODAY).price.tolist()) == {77}
     assert len(other.read_trades(TODAY).ts) == len(decoys)
+
+
+@pytest.mark.parametrize("order", ["sorted", "shuffled", "one late"])
+@pytest.mark.parametrize("rows", [1, 40, 10_000, None])
+def test_trade_stretches__together_are_the_day(plain: Path, order: str, rows: int | None) -> None:
+    """Ties within and across row groups, groups out of order, a row of another time in a group."""
+    rng = np.random.default_rng(3)
+
+    def changed(table: pa.Table) -> pa.Table:
+        n = len(table)
+        ts = np.sort(NOON + rng.integers(0, n // 2, n))
+        table = table.set_column(table.schema.get_field_index("ts_local_us"), "ts_local_us", pa.array(ts))
+        places = {
+            "sorted": np.arange(n),
+            "shuffled": rng.permutation(n),
+            "one late": np.roll(np.arange(n), 1),
+        }
+        return table.take(places[order])
+
+    rewrite(plain, "trades", changed, row_group_size=7)
+    lake = opened(plain)
+    found = list(lake.trade_stretches(TODAY, rows))
+    assert_same(
+        Trades(*(np.concatenate(part) for part in zip(*(vars(one).values() for one in found), strict=True))),
+        lake.read_trades(TODAY),
+    )
+    assert all(a.ts[-1] < b.ts[0] for a, b in pairwise(found))
+    if order == "sorted" and rows == 1:
+        assert len(found) > 5
+    if rows == 40:
+        assert all(len(trades.ts) >= 40 for trades in found[:-1])
+
+
+def test_trade_stretches__of_several_files_are_one(plain: Path) -> None:
+    path = only_file(plain, "trades")
+    path.with_name("more.parquet").write_bytes(path.read_bytes())
+    assert len(list(opened(plain).trade_stretches(TODAY, 1))) == 1
 
 
 def tail_of(whole: Trades, lake: SymbolLake, last: int) -> Trades:

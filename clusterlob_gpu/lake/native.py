@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -244,6 +245,24 @@ class SymbolLake:
         chunks = self._scalars(parts, day, _TRADE_COLUMNS, on)
         return self._trades(day, self._gather("trades", day, chunks, on))
 
+    def trade_stretches(self, day: date, rows: int | None, *, on: Backend = CPU) -> Iterator[Trades]:
+        """The day's trades in order, some `rows` at a time as far as its file allows; None: all at once."""
+        parts = self._look("trades", day).parts
+        if rows is None or len(parts) != 1:
+            yield self.read_trades(day, on=on)
+            return
+        (part,), columns, latest = parts, [*_ORDER, *_TRADE_COLUMNS], -1
+        with _fault_of("trades", day), _opened(part, [*columns, "symbol_id"]) as (file, meta):
+            for groups in _stretches(part, rows):
+                some = part._replace(row_groups=groups)
+                chunk = self._filtered(self._flat(some, file, meta, columns, on), some, on)
+                held = self._gather("trades", day, iter([self._normalise(chunk, some, day, on)]), on)
+                trades = self._trades(day, held)
+                if int(trades.ts[0]) <= latest:
+                    raise LakeError(f"{part.where}: its row groups are not what their statistics say")
+                latest = int(trades.ts[-1])
+                yield trades
+
     def read_fills(self, day: date, *, on: Backend = CPU) -> Fills:
         """The day's trades with the exchange's time and id of each, from which orders are rebuilt."""
         names = [*_TRADE_COLUMNS, "ts_exch_us", "trade_id"]
@@ -453,6 +472,20 @@ def _last_groups(part: _Part, rows: int) -> _Part:
         if max(high for _, high in early) < min(low for low, _ in late):
             return part._replace(row_groups=groups[at:])
     return part
+
+
+def _stretches(part: _Part, rows: int) -> Iterator[list[int]]:
+    """Row groups in stretches of at least `rows` rows where they have them, each later than those before."""
+    meta, groups = part.meta, part.row_groups
+    bounds = [_bounds(meta, group, _leaf(meta, "ts_local_us", part.where)) for group in groups]
+    earliest = list(accumulate((low for low, _ in reversed(bounds)), min))[::-1]
+    begin, held, latest = 0, 0, bounds[0][0]
+    for at, group in enumerate(groups):
+        if held >= rows and earliest[at] > latest:
+            yield groups[begin:at]
+            begin, held = at, 0
+        held, latest = held + meta.row_group(group).num_rows, max(latest, bounds[at][1])
+    yield groups[begin:]
 
 
 def _leaf(meta: pq.FileMetaData, name: str, where: Location) -> int:
