@@ -377,7 +377,7 @@ def make_features(task: FeatureTask) -> FeatureDay:
 
 
 def _score(task: FeatureTask, z: Any) -> tuple[Meetings, int]:
-    """Write z-scores of a day's met trades to the first columns of z; gives the trades, and how many have any."""
+    """Write z-scores of met trades to the first columns of z; gives the trades, and how many have any."""
     job, book, state = task
     around, known = day_context(job, book, state.book), 0
     meetings = Meetings(job, around)

@@ -181,8 +181,8 @@ def without_scores(
     """Trades without z-scores by reason, of a day of which `met` trades met a book and `known` have scores.
 
     To those that met none, `dropped`: `warmup` (fewer than `window` trades so far, of which `lead` came
-    before the day), `null_change_time` (a trade in the window came before the first change of the mid or of the
-    price that it consumes).
+    before the day), `null_change_time` (a trade in the window came before the first change of the mid or
+    of the price that it consumes).
     """
     warm = max(0, min(met, window - 1 - lead))
     return {**dropped, "warmup": warm, "null_change_time": met - known - warm}
