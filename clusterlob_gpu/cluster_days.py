@@ -385,7 +385,7 @@ def _sums(task: LabelJob, asked: Sequence[Labelling]) -> list[_Sums]:
     z, mids = day_scores(task.feature_task, task.features), _mids(task, around)
     sums = [_Sums.none(model, width) for model, width in asked]
     for piece in day_pieces(task.feature_task, Meetings(job, around), around):
-        scores = z[:, piece.rows]
+        scores = on.xp.ascontiguousarray(z[:, piece.rows])
         for (model, width), held in zip(asked, sums, strict=True):
             label, when = model.label(scores, on), {"start": day_start_us(job.day), "width": width}
             on.kernels.cluster_sums(scores, label, held.z)

@@ -162,8 +162,6 @@ class FeatureDay:
     day: date
     made: Made
     trades: int
-    met: int
-    """Trades that met a book."""
     kept: int
     """Trades that have z-scores."""
     dropped: dict[str, int]
@@ -362,14 +360,13 @@ def make_features(task: FeatureTask) -> FeatureDay:
     artefact = feature_artefact(task)
 
     def fill(folder: Path) -> dict[str, Any]:
-        # Where a trade met no book the last columns stay empty.
         shape = len(FEATURES), job.lake.size("trades", job.day)[0]
         with job.on.keeping(folder, artefact.address, "z", shape) as z:
             meetings, known = _score(task, z)
         job.require_unchanged("trades", artefact)
         counts = meetings.dropped, meetings.met, known, state.tail.shape[1]
         dropped = features.without_scores(*counts, job.config.window)
-        return {"trades": meetings.trades, "met": meetings.met, "kept": known, "dropped": dropped}
+        return {"trades": meetings.trades, "kept": known, "dropped": dropped}
 
     made = with_room(job.on, lambda: Store(job.store).make(artefact, fill))
     kept = made.record
@@ -377,7 +374,10 @@ def make_features(task: FeatureTask) -> FeatureDay:
 
 
 def _score(task: FeatureTask, z: Any) -> tuple[Meetings, int]:
-    """Write z-scores of met trades to the first columns of z; gives the trades, and how many have any."""
+    """Write z-scores of a day's met trades to the first columns of z, NaN to the rest.
+
+    Gives the trades, and how many have z-scores.
+    """
     job, book, state = task
     around, known = day_context(job, book, state.book), 0
     meetings = Meetings(job, around)
@@ -385,6 +385,8 @@ def _score(task: FeatureTask, z: Any) -> tuple[Meetings, int]:
         scores = job.on.xp.empty((len(FEATURES), len(piece.met)), np.float32)
         known += features.z_scores(piece, job.config.window, scores, job.on)
         z[:, piece.rows] = scores
+    none = slice(meetings.met, z.shape[1])
+    z[:, none] = job.on.xp.full((len(FEATURES), z.shape[1] - meetings.met), np.nan, np.float32)
     return meetings, known
 
 
@@ -396,7 +398,10 @@ def day_pieces(task: FeatureTask, met: Iterable[MetTrades], around: Context) -> 
 
 
 def day_scores(task: FeatureTask, made: FeatureDay) -> Any:
-    """z-scores (6, n) float32 of a day's met trades, as `make_features` made them; NaN where one has none."""
+    """z-scores (6, n) float32 of a day's met trades, as `make_features` made them; NaN where one has none.
+
+    A trade that met no book takes a column of NaN at the end.
+    """
     job, address = task[0], made.made.address
     folder = Store(job.store).folder(address)
 
@@ -405,7 +410,7 @@ def day_scores(task: FeatureTask, made: FeatureDay) -> Any:
         _score(task, z)
         return {"z": z}
 
-    return job.on.kept(folder, address, ["z"], again)["z"][:, : made.met]
+    return job.on.kept(folder, address, ["z"], again)["z"]
 
 
 MidsTask = tuple[DayJob[RunConfig], BookDay, BookCarry | None, np.ndarray]

@@ -131,28 +131,18 @@ def pieces(
 
     `tail` (6, l), l < window, holds the raw features of the last trades of the days before.
     """
-    lead, n = tail.shape[1], 0
-    held = on.xp.empty((len(FEATURES), lead))
-    held[:] = on.xp.asarray(tail)
+    n, history = 0, on.xp.asarray(tail)
     for met in meetings:
         for part in met.parts(on.rows_at_once):
-            end = lead + len(part)
-            if end > held.shape[1]:
-                held = _widened(held, lead, 2 * window + len(part), on)
-            raw_features(part, context, held[:, lead:end], own_side=own_side, on=on)
-            yield Piece(slice(n, n + len(part)), part, lead, held[:, :end])
-            n += len(part)
-            # Windows are made of blocks counted from the first of the tail: the block before stays whole.
             done = tail.shape[1] + n
+            # Windows are made of blocks counted from the first of the tail: the block before stays whole.
             lead = min(done, done % window + window)
-            held[:, :lead] = held[:, end - lead : end].copy()
-
-
-def _widened(held: Any, lead: int, columns: int, on: Backend) -> Any:
-    """Room for more columns, the first `lead` as they were."""
-    wide = on.xp.empty((len(held), columns))
-    wide[:, :lead] = held[:, :lead]
-    return wide
+            room = on.xp.empty((len(FEATURES), lead + len(part)))
+            room[:, :lead] = history[:, history.shape[1] - lead :]
+            history = room
+            raw_features(part, context, history[:, lead:], own_side=own_side, on=on)
+            yield Piece(slice(n, n + len(part)), part, lead, history)
+            n += len(part)
 
 
 def z_scores(piece: Piece, window: int, out: Any, on: Backend = CPU) -> int:

@@ -426,25 +426,25 @@ def save_columns(folder: Path, **columns: np.ndarray) -> None:
 class OpenColumn:
     """An array (f, n) in a file, filled a range of its columns at a time."""
 
-    def __init__(self, file: BinaryIO, kind: np.dtype[Any], n: int) -> None:
-        self._file, self._kind, self._n = file, kind, n
+    def __init__(self, file: BinaryIO, kind: np.dtype[Any], shape: tuple[int, int]) -> None:
+        self.shape = shape
+        self._file, self._kind = file, kind
         self._start = file.tell()
 
     def __setitem__(self, at: tuple[slice, slice], values: np.ndarray) -> None:
         """Write values (f, m) to `[:, start:stop]`."""
         for row, part in enumerate(np.ascontiguousarray(values, self._kind)):
-            self._file.seek(self._start + (row * self._n + at[1].start) * self._kind.itemsize)
+            self._file.seek(self._start + (row * self.shape[1] + at[1].start) * self._kind.itemsize)
             self._file.write(part.data)
 
 
 @contextmanager
 def open_column(folder: Path, name: str, kind: np.dtype[Any], shape: tuple[int, int]) -> Iterator[OpenColumn]:
-    """A new array file, as `save_columns` writes them, to be filled; what is left out is 0."""
+    """A new array file, as `save_columns` writes them, to be filled."""
     with (folder / f"{name}.npy").open("wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        file.truncate(file.tell() + shape[0] * shape[1] * kind.itemsize)
-        yield OpenColumn(file, kind, shape[1])
+        yield OpenColumn(file, kind, shape)
 
 
 _NPY_HEADER = re.compile(
