@@ -33,15 +33,16 @@ def expected(lists: Lists, depth: int) -> tuple[list[int], list[int]]:
 
 
 def reduced(path: Path, depth: int) -> tuple[list[int], list[int], bool]:
-    """What `reduce_chunk` makes of column `a`, and whether it could of all row groups."""
+    """What a reader makes of column `a`, and whether it could of all row groups."""
     meta, best, total, ok = pq.read_metadata(path), [], [], True
     levels = pages.list_levels(meta.schema.to_arrow_schema().field("a"))
     assert levels is not None
     with pa.OSFile(str(path)) as file:
+        reader = pages.ListReader(file, depth)
         for at in range(meta.num_row_groups):
             group = meta.row_group(at)
             into = np.full((2, group.num_rows), 77)
-            ok &= pages.reduce_chunk(file, group.column(0), levels, depth, *into)
+            ok &= reader.reduce(group.column(0), levels, *into)
             best += into[0].tolist()
             total += into[1].tolist()
     return best, total, ok
@@ -75,9 +76,7 @@ def columns(draw: st.DrawFn) -> dict[str, object]:
 
 @settings(deadline=None)
 @given(column=columns(), depth=st.integers(1, 25))
-def test_reduce_chunk__as_python_has_it(
-    tmp_path_factory: pytest.TempPathFactory, column: dict, depth: int
-) -> None:
+def test_reduce__as_python_has_it(tmp_path_factory: pytest.TempPathFactory, column: dict, depth: int) -> None:
     path = tmp_path_factory.mktemp("pages") / "a.parquet"
     write(path, **column)
     best, total, ok = reduced(path, depth)
@@ -85,7 +84,7 @@ def test_reduce_chunk__as_python_has_it(
     assert (best, total) == expected(column["lists"], depth)
 
 
-def test_reduce_chunk__lists_across_pages(tmp_path: Path) -> None:
+def test_reduce__lists_across_pages(tmp_path: Path) -> None:
     lists: Lists = [[i * j for j in range(25)] for i in range(500)]
     write(tmp_path / "a", lists, data_page_size=1, write_batch_size=7)
     assert reduced(tmp_path / "a", 25) == (*expected(lists, 25), True)
@@ -100,7 +99,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize("how", OTHER)
-def test_reduce_chunk__leaves_the_rest_to_arrow(tmp_path: Path, how: str) -> None:
+def test_reduce__leaves_the_rest_to_arrow(tmp_path: Path, how: str) -> None:
     lists: Lists = [[i, None, 3] for i in range(50)]
     write(tmp_path / "a", lists, **OTHER[how])
     assert not reduced(tmp_path / "a", 2)[2]

@@ -129,6 +129,7 @@ def _reduced(
 ) -> dict[str, np.ndarray]:
     """First entries and depth sums of the list columns; ArrowInvalid unless they have `rows` rows."""
     found = {name: np.empty(rows, np.int64) for names in LISTS.values() for name in names}
+    reader = pages.ListReader(source, depth)
     leaves = {file.schema.column(at).path.split(".")[0]: at for at in range(len(file.schema))}
     for name, (best, total) in LISTS.items():
         levels, at = pages.list_levels(file.schema_arrow.field(name)), 0
@@ -137,7 +138,7 @@ def _reduced(
             rows_of = slice(at, at := at + meta.num_rows)
             into = found[best][rows_of], found[total][rows_of]
             chunk = meta.column(leaves[name])
-            if levels is None or not pages.reduce_chunk(source, chunk, levels, depth, *into):
+            if levels is None or not reader.reduce(chunk, levels, *into):
                 _reduce_with_arrow(file, group, name, depth, *into)
     del found["unused"]
     return found

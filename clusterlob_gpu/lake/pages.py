@@ -48,30 +48,47 @@ def list_levels(field: pa.Field) -> Levels | None:
     return Levels(entry, entry + int(kind.value_field.nullable))
 
 
-def reduce_chunk(
-    file: pa.NativeFile, chunk: pq.ColumnChunkMetaData, levels: Levels, depth: int, best: Any, total: Any
-) -> bool:
-    """First entry and sum of the first `depth` entries of every list of a column chunk, as
-    `kernels.reduce_levels` has them.
+class ListReader:
+    """Reduces list columns of a file; what it takes memory for serves it again from page to page."""
 
-    Writes `best` and `total`, int64 with an entry per row.  False where Arrow has to read the chunk; then
-    what they hold means nothing.
-    """
-    size, start = chunk.total_compressed_size, chunk.data_page_offset
-    known = chunk.compression in _CODECS and chunk.physical_type == "INT64" and not chunk.has_dictionary_page
-    left = chunk.num_values
-    if not known or min(size, start) < 0 or start + size > file.size() or left > _MOST_VALUES:
-        return False
-    place = np.array([-1, 0])
-    for page in _pages(file.read_at(size, start), _CODECS[chunk.compression]):
-        if page is None or not 0 <= page.values <= left:
+    def __init__(self, file: pa.NativeFile, depth: int) -> None:
+        self._file, self._depth = file, depth
+        self._words = np.empty(0, np.uint64)
+        self._starts, self._flat = np.empty(0, np.int32), np.empty(_BLOCK, np.int64)
+
+    def reduce(self, chunk: pq.ColumnChunkMetaData, levels: Levels, best: Any, total: Any) -> bool:
+        """First entry and sum of the first `depth` entries of every list of a column chunk, as
+        `kernels.reduce_levels` has them.
+
+        Writes `best` and `total`, int64 with an entry per row.  False where Arrow has to read the chunk; then
+        what they hold means nothing.
+        """
+        size, start, left = chunk.total_compressed_size, chunk.data_page_offset, chunk.num_values
+        known = chunk.compression in _CODECS and chunk.physical_type == "INT64"
+        if not known or chunk.has_dictionary_page or left > _MOST_VALUES:
             return False
-        left -= page.values
-        held = np.zeros(len(page.content) // 8 + 3, np.uint64)  # words beyond the end may be looked at
-        held.view(np.uint8)[: len(page.content)] = page.content
-        if not _reduce_page(held, len(page.content), page.values, *levels, depth, place, best, total):
+        if min(size, start) < 0 or start + size > self._file.size():
             return False
-    return left == 0 and place[0] == len(best) - 1
+        place = np.array([-1, 0])
+        for page in _pages(self._file.read_at(size, start), _CODECS[chunk.compression]):
+            if page is None or not 0 <= page.values <= left:
+                return False
+            left -= page.values
+            held = self._room(page)
+            if not _reduce_page(*held, len(page.content), *levels, self._depth, place, best, total):
+                return False
+        return left == 0 and place[0] == len(best) - 1
+
+    def _room(self, page: _Page) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Content of a page as words, and room for the starts of its lists and for its values."""
+        words = len(page.content) // 8 + 3  # those beyond the end may be looked at
+        if words > len(self._words):
+            self._words = np.zeros(words, np.uint64)
+        if page.values > len(self._starts):
+            self._starts = np.empty(page.values, np.int32)
+            self._flat = np.empty(page.values + _BLOCK, np.int64)
+        self._words.view(np.uint8)[: len(page.content)] = page.content
+        return self._words, self._starts[: page.values], self._flat[: page.values + _BLOCK]
 
 
 # ---- pages ------------------------------------------------------------------------------------------
@@ -169,13 +186,13 @@ class _Thrift:
 
 
 @_pass
-def _reduce_page(words, size, n, entry, value, depth, place, best, total):
-    """Reduce the lists of a page of n levels, whose `size` bytes are in `words`; False unless it is sound.
+def _reduce_page(words, starts, flat, size, entry, value, depth, place, best, total):
+    """Reduce the lists of a page, whose `size` bytes are in `words`; False unless it is sound.
 
-    `place` (row, entries of its list so far) goes on from page to page, for a list may lie in two.
+    There is room in `starts` for its levels and in `flat` for its values and a block more.  `place` (row,
+    entries of its list so far) goes on from page to page, for a list may lie in two.
     """
-    data, width = words.view(np.uint8), 1 if value == 1 else 2
-    starts, flat = np.empty(n, np.int32), np.empty(n + _BLOCK, np.int64)
+    data, width, n = words.view(np.uint8), 1 if value == 1 else 2, len(starts)
     at, n_starts = _list_starts(data, 0, size, starts)
     if at < 0:
         return False
