@@ -29,8 +29,6 @@ KEPT, SIDE_UNKNOWN, NO_BOOK, STALE_BOOK = 0, 1, 2, 3
 EMPTY_SIDE, NON_POSITIVE, CROSSED = 1, 2, 3
 """Codes of `fault_of`: why a book row is not valid, in the order in which it is asked."""
 
-_GROUP = 3
-"""Centroids whose coordinates are held in registers at a time."""
 _TILE = 512
 """Rows of a pass that are held in the nearest cache."""
 
@@ -347,39 +345,76 @@ def void_nulls(z):
 
 
 @_pass
-def _columns(centroids):
-    """Centroids as columns (6, k), and some at infinity, never the nearest, so that they go up in groups."""
-    k, f = centroids.shape
-    out = np.full((f, -(-k // _GROUP) * _GROUP), np.inf)
-    out[:, :k] = centroids.T
-    return out
+def _rows(x, start, stop):
+    """The six coordinates of rows start to stop of x (6, n), each by itself."""
+    return (
+        x[0][start:stop],
+        x[1][start:stop],
+        x[2][start:stop],
+        x[3][start:stop],
+        x[4][start:stop],
+        x[5][start:stop],
+    )
 
 
 @_pass
-def _clip_tile(z, start, n, low, high, x):
-    for j in range(len(x)):
-        column, bottom, top = z[j, start : start + n], low[j], high[j]
+def _clip_tile(rows, low, high, x):
+    """Clipped rows in the first columns of x (6, tile), as `_rows`."""
+    n = len(rows[0])
+    for j in range(len(rows)):
+        column, bottom, top = rows[j], low[j], high[j]
         for i in range(n):
             x[j, i] = clipped(column[i], bottom, top)
+    return _rows(x, 0, n)
 
 
 @_pass
-def _nearest(x, n, centroids, best, label):
-    """Nearest centroid of the first n columns of x (6, tile), the first at ties, and the squared distance."""
-    best[:], label[:] = np.inf, NO_CLUSTER
-    for c in range(0, centroids.shape[1], _GROUP):
-        first, second, third = point(centroids, c), point(centroids, c + 1), point(centroids, c + 2)
+def _nearest(rows, centroids, best, label):
+    """Nearest centroid (k, 6) of every row, the first at ties, and the squared distance."""
+    a, b, c, d, e, f = rows
+    n, k = len(a), len(centroids)
+    best[:n], label[:n] = np.inf, NO_CLUSTER
+    # Three at a time are held in registers.
+    for at in range(0, k - 2, 3):
+        first, second, third = (
+            point(centroids.T, at),
+            point(centroids.T, at + 1),
+            point(centroids.T, at + 2),
+        )
         for i in range(n):
-            row = point(x, i)
-            distance, at = nearer(squared_distance(row, first), c, best[i], label[i])
-            distance, at = nearer(squared_distance(row, second), c + 1, distance, at)
-            best[i], label[i] = nearer(squared_distance(row, third), c + 2, distance, at)
+            row = float(a[i]), float(b[i]), float(c[i]), float(d[i]), float(e[i]), float(f[i])
+            distance, found = nearer(squared_distance(row, first), at, best[i], label[i])
+            distance, found = nearer(squared_distance(row, second), at + 1, distance, found)
+            best[i], label[i] = nearer(squared_distance(row, third), at + 2, distance, found)
+    for at in range(k // 3 * 3, k):
+        only = point(centroids.T, at)
+        for i in range(n):
+            row = float(a[i]), float(b[i]), float(c[i]), float(d[i]), float(e[i]), float(f[i])
+            best[i], label[i] = nearer(squared_distance(row, only), at, best[i], label[i])
 
 
 @_pass
-def _tile():
-    """Clipped rows of a tile, and the distance to and number of the nearest centroid of each."""
-    return np.empty((6, _TILE)), np.empty(_TILE), np.empty(_TILE, np.int64)
+def _add_rows(rows, best, label, sums, counts, inertia):
+    """Add rows to the sums and counts of their centroids, in their order; gives the inertia with theirs."""
+    a, b, c, d, e, f = rows
+    for i in range(len(a)):
+        to = label[i]
+        if to != NO_CLUSTER:
+            inertia += best[i]
+            counts[to] += 1
+            sums[to, 0] += a[i]
+            sums[to, 1] += b[i]
+            sums[to, 2] += c[i]
+            sums[to, 3] += d[i]
+            sums[to, 4] += e[i]
+            sums[to, 5] += f[i]
+    return inertia
+
+
+@_pass
+def _clips(low, high):
+    """Whether any bound is finite; where none is, rows are taken where they lie."""
+    return np.isfinite(low).any() or np.isfinite(high).any()
 
 
 @_pass
@@ -389,12 +424,15 @@ def nearest_centroid(z, low, high, centroids, label):
     z is (6, n) float32 with columns apart, clipped to [low, high] per feature, centroids (k, 6) float64;
     distances are float64.  A row with a NaN gets NO_CLUSTER.
     """
-    columns, (x, best, at) = _columns(centroids), _tile()
+    x, best, at, clips = np.empty((6, _TILE)), np.empty(_TILE), np.empty(_TILE, np.int64), _clips(low, high)
     for start in range(0, z.shape[1], _TILE):
-        n = min(_TILE, z.shape[1] - start)
-        _clip_tile(z, start, n, low, high, x)
-        _nearest(x, n, columns, best, at)
-        label[start : start + n] = at[:n]
+        stop = min(start + _TILE, z.shape[1])
+        rows = _rows(z, start, stop)
+        if clips:
+            _nearest(_clip_tile(rows, low, high, x), centroids, best, at)
+        else:
+            _nearest(rows, centroids, best, at)
+        label[start:stop] = at[: stop - start]
 
 
 @_pass
@@ -404,19 +442,17 @@ def lloyd_partial(z, low, high, centroids, sums, counts):
     z is (6, n) float32, clipped to [low, high] per feature; adds to `sums` (k, 6) float64 and
     `counts` (k,) int64 in row order and returns the sum of squared distances.  Rows with a NaN count nowhere.
     """
-    columns, (x, best, at) = _columns(centroids), _tile()
+    x, best, at, clips = np.empty((6, _TILE)), np.empty(_TILE), np.empty(_TILE, np.int64), _clips(low, high)
     inertia = 0.0
     for start in range(0, z.shape[1], _TILE):
-        n = min(_TILE, z.shape[1] - start)
-        _clip_tile(z, start, n, low, high, x)
-        _nearest(x, n, columns, best, at)
-        for i in range(n):
-            c = at[i]
-            if c != NO_CLUSTER:
-                inertia += best[i]
-                counts[c] += 1
-                for j in range(6):
-                    sums[c, j] += x[j, i]
+        rows = _rows(z, start, min(start + _TILE, z.shape[1]))
+        if clips:
+            tile = _clip_tile(rows, low, high, x)
+            _nearest(tile, centroids, best, at)
+            inertia = _add_rows(tile, best, at, sums, counts, inertia)
+        else:
+            _nearest(rows, centroids, best, at)
+            inertia = _add_rows(rows, best, at, sums, counts, inertia)
     return inertia
 
 
