@@ -22,21 +22,9 @@ from clusterlob_gpu.backend import CPU, Backend
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.errors import LakeError
 from clusterlob_gpu.flow_kernels import N_LARGEST
-from clusterlob_gpu.schema import US_PER_DAY, US_PER_SECOND, Trades
+from clusterlob_gpu.schema import FACTORS, ROLL_UPS, US_PER_DAY, Trades
 from clusterlob_gpu.thresholds import NEVER_LARGE, NEVER_SMALL
 
-FACTORS = (
-    "flow_imbalance_large",
-    "flow_imbalance_small",
-    "flow_imbalance_total",
-    "flow_share_large",
-    "large_net_share",
-    "large_small_disagreement",
-    "flow_toxicity",
-    "top1_share",
-    "top3_share",
-    "top5_share",
-)
 CLASS_COLUMNS = (
     "large_count",
     "small_count",
@@ -61,10 +49,6 @@ BAR_COLUMNS = (
     *FACTORS,
 )
 _FLOAT_COLUMNS = tuple(name for name in BAR_COLUMNS if name not in ("bar_ts", "trade_count"))
-
-_MINUTE = 60 * US_PER_SECOND
-ROLL_UPS = (30 * _MINUTE, 60 * _MINUTE, 180 * _MINUTE)
-"""Times over which factors are summed: 30 min, 1 h, 3 h."""
 
 
 @dataclass(frozen=True)

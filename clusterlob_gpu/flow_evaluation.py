@@ -16,10 +16,10 @@ from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.differences import difference_table, judge_differences, slice_table
 from clusterlob_gpu.errors import ConfigError, InputError
 from clusterlob_gpu.evaluation import Signal, Target, ic_table, judge
-from clusterlob_gpu.flow_bars import FACTORS, ROLL_UPS
 from clusterlob_gpu.portfolio import Costs, backtest_tables
 from clusterlob_gpu.quantiles import DECILES, Edges, quantile_tables
 from clusterlob_gpu.regression import regression_table
+from clusterlob_gpu.schema import FACTORS, ROLL_UPS
 
 LARGE, SMALL, TOTAL = "flow_imbalance_large", "flow_imbalance_small", "flow_imbalance_total"
 HEADLINE = (LARGE, SMALL, TOTAL, f"{LARGE}_sum_30m", f"{LARGE}_sum_1h", f"{LARGE}_sum_3h")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.table import Table
 
 from clusterlob_gpu import painter
@@ -181,6 +180,8 @@ def draw(out: Path, drawings: Callable[[Path], Sequence[Drawing]]) -> Drawn:
 
 def page(template: str, info: dict[str, Any], sections: list[Any]) -> bytes:
     """The page of a run, from a template of the package."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("clusterlob_gpu"),
         autoescape=True,

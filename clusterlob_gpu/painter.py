@@ -71,9 +71,9 @@ def painted(out: Path) -> list[dict[str, str]] | None:
 def main() -> None:
     """Draw the runs whose folders come on standard input, until its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's matter, which ends this one
+    gc.disable()  # it would touch, and so copy, the memory that those that are forked share
     from clusterlob_gpu import flow_pictures, page, pictures, report, sweep_pictures  # noqa: F401
 
-    gc.disable()  # it would touch, and so copy, the memory that those that are forked share
     page.png(pictures.frame("", "", 1.0))  # loads fonts and what else is loaded late
     for line in sys.stdin:
         out = Path(json.loads(line))

@@ -147,6 +147,22 @@ NO_ID = -1
 FEATURES = ("v_rel", "sbs", "obs", "spread", "t_m", "t_age")
 Z_FEATURES = tuple(f"z_{name}" for name in FEATURES)
 
+FACTORS = (
+    "flow_imbalance_large",
+    "flow_imbalance_small",
+    "flow_imbalance_total",
+    "flow_share_large",
+    "large_net_share",
+    "large_small_disagreement",
+    "flow_toxicity",
+    "top1_share",
+    "top3_share",
+    "top5_share",
+)
+"""What taker-flow bars say of their flow."""
+ROLL_UPS = (1800 * US_PER_SECOND, 3600 * US_PER_SECOND, 10_800 * US_PER_SECOND)
+"""Times over which factors are summed: 30 min, 1 h, 3 h."""
+
 
 @dataclass(frozen=True)
 class Trades:

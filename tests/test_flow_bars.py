@@ -26,7 +26,6 @@ from clusterlob_gpu.errors import LakeError
 from clusterlob_gpu.flow_bars import (
     BAR_COLUMNS,
     CLASS_COLUMNS,
-    FACTORS,
     Takers,
     bar_table,
     day_bars,
@@ -38,7 +37,7 @@ from clusterlob_gpu.flow_bars import (
     trade_takers,
 )
 from clusterlob_gpu.lake.decode import numeric_ids
-from clusterlob_gpu.schema import NO_ID, Trades
+from clusterlob_gpu.schema import FACTORS, NO_ID, Trades
 from clusterlob_gpu.thresholds import NEVER_LARGE, NEVER_SMALL, ThresholdRule, day_cuts, day_sizes
 
 HOUR = DAY // 24
