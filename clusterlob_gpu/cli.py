@@ -60,6 +60,8 @@ def main() -> None:
     except OSError as error:
         click.echo(f"error: {error.filename or 'input or output'}: {error.strerror or error}", err=True)
         sys.exit(1)
+    finally:
+        gc.freeze()  # at the end Python would look for garbage among all that was loaded, for half a second
 
 
 def _stop(*_: object) -> None:
