@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clusterlob_gpu import backend, bars, clustering, context, features, kernels, returns, schema
+from clusterlob_gpu import backend, bars, clustering, context, features, kernels, returns, schema, settling
 from clusterlob_gpu.bars import DayFlow
 from clusterlob_gpu.clustering import Bounds, Fit, Model, Partial
 from clusterlob_gpu.config import ClusterConfig, config_hash
@@ -38,11 +38,12 @@ from clusterlob_gpu.lake import symbols
 from clusterlob_gpu.lake.layout import day_start_us
 from clusterlob_gpu.returns import Markouts, Mids
 from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES, Context
+from clusterlob_gpu.settling import Settled
 from clusterlob_gpu.store import Artefact, Made, Store, load_column, read_frame, save_columns, source_hash
 
 _HERE = Path(__file__).parent
 _KERNELS: list[ModuleType | Path] = [kernels, _HERE / "device_kernels.py", backend]
-FIT_CODE = source_hash(__file__, [*_KERNELS, clustering, _HERE / "pipeline" / "fits.py"])
+FIT_CODE = source_hash(__file__, [*_KERNELS, clustering, settling, _HERE / "pipeline" / "fits.py"])
 LABEL_CODE = source_hash(__file__, [*_KERNELS, bars, clustering, context, features, returns, schema])
 
 # ---- training -------------------------------------------------------------------------------------------
@@ -226,19 +227,33 @@ def clipped_rows(task: tuple[TrainDay, Bounds]) -> Any:
     return with_room(on, rows)
 
 
-Share = tuple[TrainDay, Bounds, np.ndarray]
-"""What one fit asks of one of its days in one pass: rows, bounds and centroids."""
+@dataclass(frozen=True)
+class Share:
+    """What one fit asks of one of its days in one pass."""
+
+    train: TrainDay
+    bounds: Bounds
+    centroids: np.ndarray
+    reach: float | None = None
+    """Distance for which rows shall be settled; None for a plain pass."""
+    most: int = 0
+    """Rows that may be left when they are."""
+
+    def passed(self, z: Any) -> Partial | Settled:
+        """The day's share of the pass, z as `TrainDay.z`."""
+        if self.reach is None:
+            return clustering.partial(z, self.bounds, self.centroids, self.train.job.on)
+        return settling.settle(z, self.bounds, self.centroids, self.reach, self.most)
 
 
-def lloyd_day(shares: Sequence[Share]) -> list[Partial]:
+def lloyd_day(shares: Sequence[Share]) -> list[Partial | Settled]:
     """One Lloyd pass over a day for every fit that trains on it."""
 
-    def passes() -> list[Partial]:
-        on = shares[0][0].job.on
-        held = {train.cut: train.z() for train, _, _ in shares}
-        return [clustering.partial(held[train.cut], bounds, centres, on) for train, bounds, centres in shares]
+    def passes() -> list[Partial | Settled]:
+        held = {share.train.cut: share.train.z() for share in shares}
+        return [share.passed(held[share.train.cut]) for share in shares]
 
-    return with_room(shares[0][0].job.on, passes)
+    return with_room(shares[0].train.job.on, passes)
 
 
 def high_counts_day(train: TrainDay) -> np.ndarray:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from clusterlob_gpu import cluster_days, clustering
+from clusterlob_gpu import cluster_days, clustering, settling
 from clusterlob_gpu.cluster_days import FitJob, Fitted, Sample, SampleJob, Share, TrainDay
 from clusterlob_gpu.clustering import Bounds, Fit, Partial
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.pipeline.stages import Item, PlanEnds, Stages
+from clusterlob_gpu.settling import Settled
 
 _MERGED = ("sklearn", "cuml")
 """Engines that want all rows in the memory of one worker."""
+_REACH = 8
+"""How many times as far as in the pass before centres may move until rows have to be settled anew."""
+_MOST_LEFT = 1 << 20
+"""Rows of a fit that are held here because they have not settled; of each day the same share."""
 _TOGETHER = 16
 """Large answers of days that are held at once while they are added up."""
 
@@ -46,7 +52,7 @@ def _fit(jobs: Sequence[FitJob], stages: Stages) -> list[Fitted | InputError]:
     fits |= zip(merged, stages.map("fit", cluster_days.fit_merged, tasks), strict=True)
     together = clustering.lloyd_together(
         [starts[n] for n in passed],
-        _one_pass([jobs[n] for n in passed], [bounds[n] for n in passed], stages),
+        _Passes([jobs[n] for n in passed], [bounds[n] for n in passed], stages),
     )
     fits |= zip(passed, together, strict=True)
     done: list[Fitted | InputError] = []
@@ -64,30 +70,72 @@ def _spread_fit(job: FitJob, bounds: Bounds, start: np.ndarray, stages: Stages) 
     """cuML's fit over the GPUs of all workers; counts and inertia are those of one more pass of ours."""
     rows = [(day, bounds) for day in job.train]
     centres = stages.workers.kmeans(cluster_days.clipped_rows, rows, start, clustering.MAX_PASSES)
-    last = _one_pass([job], [bounds], stages)({0: centres})[0]
+    last = _Passes([job], [bounds], stages)({0: centres})[0]
     counts = np.sum([part.counts for part in last], axis=0)
     return Fit(centres, counts, float(np.sum([part.inertia for part in last])), 0, True)
 
 
-def _one_pass(
-    jobs: Sequence[FitJob], bounds: Sequence[Bounds], stages: Stages
-) -> Callable[[Mapping[int, np.ndarray]], dict[int, list[Partial]]]:
-    def one_pass(moving: Mapping[int, np.ndarray]) -> dict[int, list[Partial]]:
+class _Passes:
+    """Lloyd passes of many fits; days whose rows have settled are no longer asked."""
+
+    def __init__(self, jobs: Sequence[FitJob], bounds: Sequence[Bounds], stages: Stages) -> None:
+        self._jobs, self._bounds, self._stages = jobs, bounds, stages
+        self._latest: dict[int, np.ndarray] = {}
+        """Centres of each fit in the pass before."""
+        self._settlings: dict[int, _Settling] = {}
+
+    def __call__(self, moving: Mapping[int, np.ndarray]) -> dict[int, list[Partial]]:
+        """Partials of the days of every fit that still moves, from its centres."""
+        found: dict[int, dict[int, Partial]] = {number: {} for number in moving}
+        self._settlings = {n: held for n, held in self._settlings.items() if n in moving}
         shares: dict[str, list[Share]] = {}
         asked: dict[str, list[tuple[int, int]]] = {}
         for number, centroids in moving.items():
-            for at, day in enumerate(jobs[number].train):
+            held, train = self._settling(number, centroids), self._jobs[number].train
+            bounds = self._bounds[number]
+            reach, most = held.ask() if held is not None else None, _MOST_LEFT // len(train)
+            for at, day in enumerate(train):
+                if held is not None and at in held.days:
+                    found[number][at] = held.days[at].partial(bounds, centroids)
+                    continue
                 address = day.features.made.address
-                shares.setdefault(address, []).append((day, bounds[number], centroids))
+                shares.setdefault(address, []).append(Share(day, bounds, centroids, reach, most))
                 asked.setdefault(address, []).append((number, at))
-        answers = stages.map("fit", cluster_days.lloyd_day, list(shares.values()))
-        found: dict[int, dict[int, Partial]] = {number: {} for number in moving}
+        answers = self._stages.map("fit", cluster_days.lloyd_day, list(shares.values()))
         for places, parts in zip(asked.values(), answers, strict=True):
             for (number, at), part in zip(places, parts, strict=True):
+                if isinstance(part, Settled):
+                    self._settlings[number].days[at] = part
+                    part = part.partial(self._bounds[number], moving[number])
                 found[number][at] = part
+        self._latest.update(moving)
         return {number: [parts[at] for at in sorted(parts)] for number, parts in found.items()}
 
-    return one_pass
+    def _settling(self, number: int, centroids: np.ndarray) -> _Settling | None:
+        """The settling of a fit that holds for these centres, a new one where none does."""
+        held, latest = self._settlings.get(number), self._latest.get(number)
+        if latest is None or self._jobs[number].train[0].job.backend != "cpu":
+            return None  # nobody knows yet how far they move; on a GPU a whole pass takes no time
+        if held is None or settling.furthest_move(centroids, held.centroids) > held.reach:
+            reach = _REACH * settling.furthest_move(centroids, latest)
+            held = self._settlings[number] = _Settling(centroids, reach)
+        return held
+
+
+@dataclass
+class _Settling:
+    """Days of a fit that are settled for centres within `reach` of these."""
+
+    centroids: np.ndarray
+    reach: float
+    days: dict[int, Settled] = field(default_factory=dict)
+    asked: bool = False
+
+    def ask(self) -> float | None:
+        """The reach, once: days that cannot be settled for it are not asked again."""
+        reach = None if self.asked else self.reach
+        self.asked = True
+        return reach
 
 
 def _starts(

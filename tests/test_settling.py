@@ -1,0 +1,115 @@
+"""Rows that stay with their centre: passes over what is left are passes over all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clusterlob_gpu import clustering, settling
+from clusterlob_gpu.clustering import Bounds, Partial
+from clusterlob_gpu.pipeline import fits
+from clusterlob_gpu.settling import Settled
+
+
+def rows(n: int, seed: int) -> np.ndarray:
+    """z (6, n) float32 of three loose heaps, with ties and nulls."""
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(6, n)) + rng.integers(-2, 3, (1, n))
+    z[:, : n // 4] = np.round(z[:, : n // 4])
+    z[:, rng.random(n) < 0.05] = np.nan
+    return z.astype(np.float32)
+
+
+def assert_same(got: Partial, want: Partial) -> None:
+    np.testing.assert_array_equal(got.counts, want.counts)
+    np.testing.assert_allclose(got.sums, want.sums, rtol=1e-12, atol=1e-9)
+    assert got.inertia == pytest.approx(want.inertia, rel=1e-11)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 400),
+    k=st.integers(1, 6),
+    reach=st.sampled_from([0.0, 0.01, 0.3]),
+    bound=st.sampled_from([np.inf, 1.5]),
+    seed=st.integers(0, 1000),
+)
+def test_partial__is_that_of_all_rows(n: int, k: int, reach: float, bound: float, seed: int) -> None:
+    """From the centres themselves, and from some that have all moved by the reach."""
+    rng, z = np.random.default_rng(seed), rows(n, seed)
+    bounds = Bounds(np.full(6, -bound), np.full(6, bound))
+    centroids = rng.normal(size=(k, 6))
+    held = settling.settle(z, bounds, centroids, reach, n)
+    assert isinstance(held, Settled)
+    for _ in range(4):
+        step = rng.normal(size=(k, 6))
+        moved = centroids + reach * step / np.sqrt((step**2).sum(axis=1))[:, None]
+        assert_same(held.partial(bounds, moved), clustering.partial(z, bounds, moved))
+    assert_same(held.partial(bounds, centroids), clustering.partial(z, bounds, centroids))
+
+
+def test_settle__few_rows_are_left_and_all_are_with_a_wide_reach() -> None:
+    z, centroids = rows(5000, 1), np.array([[-2.0] * 6, [2.0] * 6])
+    left = [settling.settle(z, Bounds.none(), centroids, reach, 5000).left.shape[1] for reach in (0.05, 50)]
+    assert 0 < left[0] < 600
+    assert left[1] == np.isfinite(z[0]).sum()
+
+
+def test_settle__with_too_many_left_is_a_plain_pass() -> None:
+    z, centroids = rows(500, 2), np.array([[-2.0] * 6, [2.0] * 6])
+    got = settling.settle(z, Bounds.none(), centroids, 50.0, 100)
+    assert isinstance(got, Partial)
+    assert_same(got, clustering.partial(z, Bounds.none(), centroids))
+
+
+class Stages:
+    """Runs what is asked for here, and counts the days that were passed over."""
+
+    def __init__(self) -> None:
+        self.days = 0
+
+    def map(self, _: str, function: Any, tasks: Sequence[Any]) -> list[Any]:
+        self.days += sum(map(len, tasks))
+        return [function(task) for task in tasks]
+
+
+def job(days: Sequence[np.ndarray], backend: str = "cpu") -> Any:
+    train = [
+        SimpleNamespace(
+            features=SimpleNamespace(made=SimpleNamespace(address=str(number))),
+            job=SimpleNamespace(backend=backend, on=clustering.CPU),
+            cut=None,
+            z=lambda z=z: z,
+        )
+        for number, z in enumerate(days)
+    ]
+    return SimpleNamespace(train=train)
+
+
+@pytest.mark.parametrize("most", [0, 1500, 1 << 20])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_passes__fit_as_plain_ones_do(monkeypatch: pytest.MonkeyPatch, most: int, backend: str) -> None:
+    """Two fits of different k on three days; where days settle most passes ask none of them."""
+    monkeypatch.setattr(fits, "_MOST_LEFT", most)
+    days = [rows(4000, seed) for seed in (1, 2, 3)]
+    rng = np.random.default_rng(9)
+    starts, bounds, stages = [rng.normal(size=(k, 6)) for k in (3, 4)], Bounds.none(), Stages()
+    passes = fits._Passes([job(days, backend)] * 2, [bounds] * 2, stages)  # type: ignore[arg-type]
+    got = clustering.lloyd_together(starts, passes)
+    for fit, start in zip(got, starts, strict=True):
+        want = clustering.lloyd(start, lambda c: [clustering.partial(z, bounds, c) for z in days])
+        np.testing.assert_allclose(fit.centroids, want.centroids, atol=1e-9)
+        np.testing.assert_array_equal(fit.counts, want.counts)
+        assert fit.inertia == pytest.approx(want.inertia, rel=1e-11)
+        assert (fit.passes, fit.converged) == (want.passes, want.converged)
+    whole = 3 * sum(fit.passes for fit in got)
+    if most == 1 << 20 and backend == "cpu":
+        assert stages.days < whole / 2
+    if most == 0 or backend == "gpu":
+        assert stages.days == whole
