@@ -18,10 +18,12 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 import pandas as pd
 from annotated_types import Len
+from numba import njit
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
 
 from clusterlob_gpu.backend import CPU, Backend
 from clusterlob_gpu.errors import InputError
+from clusterlob_gpu.kernels import point, squared_distance
 from clusterlob_gpu.schema import FEATURES, Z_FEATURES
 
 SAMPLE_ROWS = 200_000
@@ -111,18 +113,24 @@ def plus_plus(sample: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarra
     """
     rows = sample.astype(np.float64)
     chosen = [int(rng.integers(rows.shape[1]))]
-    distance = ((rows - rows[:, chosen[0], None]) ** 2).sum(axis=0)
+    distance = _distance_to(rows, chosen[0], np.full(rows.shape[1], np.inf))
     while len(chosen) < k and distance.max() > 0:
         upto = np.cumsum(distance)
         drawn = np.searchsorted(upto, rng.random(2 + int(np.log(k))) * upto[-1], side="right")
-        tried = [
-            np.minimum(distance, ((rows - rows[:, at, None]) ** 2).sum(axis=0))
-            for at in np.minimum(drawn, rows.shape[1] - 1)
-        ]
+        tried = [_distance_to(rows, at, distance) for at in np.minimum(drawn, rows.shape[1] - 1)]
         best = int(np.argmin([left.sum() for left in tried]))
         chosen.append(int(min(drawn[best], rows.shape[1] - 1)))
         distance = tried[best]
     return rows[:, chosen].T
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _distance_to(rows, at, distance):  # type: ignore[no-untyped-def]
+    """Squared distance of every row of (6, m) to that row, or `distance` where it is less."""
+    out, centre = np.empty(rows.shape[1]), point(rows, at)
+    for i in range(len(out)):
+        out[i] = min(distance[i], squared_distance(point(rows, i), centre))
+    return out
 
 
 def partial(z: Any, bounds: Bounds, centroids: np.ndarray, on: Backend = CPU) -> Partial:
