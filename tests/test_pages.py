@@ -42,7 +42,7 @@ def reduced(path: Path, depth: int) -> tuple[list[int], list[int], bool]:
         for at in range(meta.num_row_groups):
             group = meta.row_group(at)
             into = np.full((2, group.num_rows), 77)
-            ok &= reader.reduce(group.column(0), levels, *into)
+            ok &= reader.fetch([group.column(0)]) and reader.reduce(group.column(0), levels, *into)
             best += into[0].tolist()
             total += into[1].tolist()
     return best, total, ok
@@ -63,7 +63,7 @@ def columns(draw: st.DrawFn) -> dict[str, object]:
     length = draw(st.sampled_from([None, 1, 25]))
     one = some if length is None else st.lists(number, min_size=length, max_size=length)
     return {
-        "lists": draw(st.lists(one | st.none() if empty else one, max_size=60)),
+        "lists": draw(st.lists(one | st.none() if empty else one, min_size=1, max_size=60)),
         "nullable": nullable,
         "empty": empty,
         "compression": draw(st.sampled_from(["none", "zstd", "snappy"])),

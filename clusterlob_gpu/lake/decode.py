@@ -129,34 +129,45 @@ def _reduced(
 ) -> dict[str, np.ndarray]:
     """First entries and depth sums of the list columns; ArrowInvalid unless they have `rows` rows."""
     found = {name: np.empty(rows, np.int64) for names in LISTS.values() for name in names}
-    reader = pages.ListReader(source, depth)
-    leaves = {file.schema.column(at).path.split(".")[0]: at for at in range(len(file.schema))}
-    for name, (best, total) in LISTS.items():
-        levels, at = pages.list_levels(file.schema_arrow.field(name)), 0
-        for group in groups:
-            meta = file.metadata.row_group(group)
-            rows_of = slice(at, at := at + meta.num_rows)
-            into = found[best][rows_of], found[total][rows_of]
-            chunk = meta.column(leaves[name])
-            if levels is None or not reader.reduce(chunk, levels, *into):
-                _reduce_with_arrow(file, group, name, depth, *into)
+    reader, at = pages.ListReader(source, depth), 0
+    leaves = {file.schema.column(leaf).path.split(".")[0]: leaf for leaf in range(len(file.schema))}
+    for group in groups:
+        meta = file.metadata.row_group(group)
+        part = slice(at, at := at + meta.num_rows)
+        into = {name: [found[column][part] for column in columns] for name, columns in LISTS.items()}
+        chunks = {name: meta.column(leaves[name]) for name in LISTS}
+        if not _reduce_pages(reader, file.schema_arrow, chunks, into):
+            _reduce_with_arrow(file, group, depth, into)
     del found["unused"]
     return found
 
 
-def _reduce_with_arrow(
-    file: pq.ParquetFile, group: int, name: str, depth: int, best: np.ndarray, total: np.ndarray
-) -> None:
-    """`kernels.reduce_levels` of a list column of a row group, whatever its encoding."""
-    at = 0
-    for batch in file.iter_batches(SNAPSHOT_BATCH, [group], [name], use_threads=False):
+Into = dict[str, list[np.ndarray]]
+"""Where the first entries and the depth sums of each list column go."""
+
+
+def _reduce_pages(reader: pages.ListReader, schema: pa.Schema, chunks: dict[str, Any], into: Into) -> bool:
+    """Reduce the list columns of a row group by their pages; False where Arrow has to do it."""
+    found = {name: pages.list_levels(schema.field(name)) for name in chunks}
+    levels = {name: one for name, one in found.items() if one is not None}
+    if len(levels) < len(chunks) or not reader.fetch(list(chunks.values())):
+        return False
+    return all(reader.reduce(chunk, levels[name], *into[name]) for name, chunk in chunks.items())
+
+
+def _reduce_with_arrow(file: pq.ParquetFile, group: int, depth: int, into: Into) -> None:
+    """`kernels.reduce_levels` of the list columns of a row group, whatever their encoding."""
+    at, rows = 0, file.metadata.row_group(group).num_rows
+    for batch in file.iter_batches(SNAPSHOT_BATCH, [group], list(into), use_threads=False):
         upto = at + len(batch)
-        if upto > len(best):
-            raise pa.ArrowInvalid(f"more rows of lists than the {len(best)} of the other columns")
-        kernels.reduce_levels(*_list_buffers(batch[name]), depth, best[at:upto], total[at:upto])
+        if upto > rows:
+            raise pa.ArrowInvalid(f"more rows of lists than the {rows} of the other columns")
+        for name, columns in into.items():
+            best, total = (column[at:upto] for column in columns)
+            kernels.reduce_levels(*_list_buffers(batch[name]), depth, best, total)
         at = upto
-    if at != len(best):
-        raise pa.ArrowInvalid(f"{at} rows of lists beside {len(best)} of the other columns")
+    if at != rows:
+        raise pa.ArrowInvalid(f"{at} rows of lists beside {rows} of the other columns")
 
 
 def _lists_integers(kind: pa.DataType) -> bool:

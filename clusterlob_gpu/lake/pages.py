@@ -11,7 +11,8 @@ Parquet format 2.11: Encodings.md (RLE hybrid, DELTA_BINARY_PACKED), parquet.thr
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from operator import add
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,24 +54,32 @@ class ListReader:
 
     def __init__(self, file: pa.NativeFile, depth: int) -> None:
         self._file, self._depth = file, depth
+        self._first, self._read = 0, memoryview(b"")
         self._words = np.empty(0, np.uint64)
         self._starts, self._flat = np.empty(0, np.int32), np.empty(_BLOCK, np.int64)
+
+    def fetch(self, chunks: Sequence[pq.ColumnChunkMetaData]) -> bool:
+        """Read columns of a row group in one request; False where Arrow has to, or where they lie apart."""
+        if not all(map(_is_known, chunks)):
+            return False
+        starts = [chunk.data_page_offset for chunk in chunks]
+        sizes = [chunk.total_compressed_size for chunk in chunks]
+        first, size = min(starts), max(map(add, starts, sizes)) - min(starts)
+        if first < 0 or min(sizes) < 0 or first + size > self._file.size() or size > 2 * sum(sizes):
+            return False
+        self._first, self._read = first, memoryview(self._file.read_at(size, first))
+        return True
 
     def reduce(self, chunk: pq.ColumnChunkMetaData, levels: Levels, best: Any, total: Any) -> bool:
         """First entry and sum of the first `depth` entries of every list of a column chunk, as
         `kernels.reduce_levels` has them.
 
-        Writes `best` and `total`, int64 with an entry per row.  False where Arrow has to read the chunk; then
-        what they hold means nothing.
+        The chunk is one of those that were fetched.  Writes `best` and `total`, int64 with an entry per row.
+        False where Arrow has to read the chunk; then what they hold means nothing.
         """
-        size, start, left = chunk.total_compressed_size, chunk.data_page_offset, chunk.num_values
-        known = chunk.compression in _CODECS and chunk.physical_type == "INT64"
-        if not known or chunk.has_dictionary_page or left > _MOST_VALUES:
-            return False
-        if min(size, start) < 0 or start + size > self._file.size():
-            return False
-        place = np.array([-1, 0])
-        for page in _pages(self._file.read_at(size, start), _CODECS[chunk.compression]):
+        place, left = np.array([-1, 0]), chunk.num_values
+        read = self._read[chunk.data_page_offset - self._first :][: chunk.total_compressed_size]
+        for page in _pages(read, _CODECS[chunk.compression]):
             if page is None or not 0 <= page.values <= left:
                 return False
             left -= page.values
@@ -91,6 +100,13 @@ class ListReader:
         return self._words, self._starts[: page.values], self._flat[: page.values + _BLOCK]
 
 
+def _is_known(chunk: pq.ColumnChunkMetaData) -> bool:
+    """Whether a column chunk is packed as this lake packs it, for all that its metadata say."""
+    packed = chunk.physical_type == "INT64" and "DELTA_BINARY_PACKED" in chunk.encodings
+    plain = chunk.compression in _CODECS and not chunk.has_dictionary_page
+    return packed and plain and 0 <= chunk.num_values <= _MOST_VALUES
+
+
 # ---- pages ------------------------------------------------------------------------------------------
 
 
@@ -103,7 +119,7 @@ class _Page(NamedTuple):
     """How many, null ones and empty lists included."""
 
 
-def _pages(read: bytes, codec: str | None) -> Iterator[_Page | None]:
+def _pages(read: memoryview, codec: str | None) -> Iterator[_Page | None]:
     """Data pages of a column chunk; None, at last, for one that is not to be read here."""
     at = 0
     while at < len(read):
@@ -113,7 +129,7 @@ def _pages(read: bytes, codec: str | None) -> Iterator[_Page | None]:
             page, size, packed, data = fields[1], fields[2], fields[3], fields[5]
             encodings = data[2], data[3], data[4]
             at = header.at + packed
-            content = memoryview(read)[header.at : at]
+            content = read[header.at : at]
             whole = zlib.crc32(content) == fields.get(4, 0) & 0xFFFFFFFF or 4 not in fields
             if page != _DATA_PAGE or encodings != (_DELTA, _RLE, _RLE) or not whole or packed < 0:
                 raise ValueError
@@ -139,7 +155,7 @@ class _Thrift:
     What it does not know, and bytes that end too soon, raise LookupError.
     """
 
-    def __init__(self, read: bytes, at: int) -> None:
+    def __init__(self, read: memoryview, at: int) -> None:
         self.read, self.at = read, at
 
     def struct(self) -> dict[int, Any]:
