@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from clusterlob_gpu import clustering
+from clusterlob_gpu import clustering, kernels
 from clusterlob_gpu.clustering import Bounds, Partial
-from clusterlob_gpu.kernels import NO_CLUSTER, clipped, point, squared_distance
+from clusterlob_gpu.kernels import NO_CLUSTER, nearer, point, squared_distance
 
 
 @dataclass(frozen=True)
@@ -66,32 +66,43 @@ _SLACK = 1e-9
 """Far above what rounding does to a distance."""
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+_TILE = 512
+
+_pass = njit(cache=True, nogil=True, error_model="numpy")
+
+
+@_pass
 def _settle(z, low, high, centroids, reach, sums, squares, counts, is_open):  # type: ignore[no-untyped-def]
     """Add settled rows up, mark those that are not, and give their number; a row with a NaN is neither."""
-    k, columns, n_open = len(centroids), centroids.T, 0
-    for i in range(z.shape[1]):
-        x = (
-            clipped(z[0, i], low[0], high[0]),
-            clipped(z[1, i], low[1], high[1]),
-            clipped(z[2, i], low[2], high[2]),
-            clipped(z[3, i], low[3], high[3]),
-            clipped(z[4, i], low[4], high[4]),
-            clipped(z[5, i], low[5], high[5]),
-        )
-        best, second, label = np.inf, np.inf, NO_CLUSTER
-        for c in range(k):
-            distance = squared_distance(x, point(columns, c))
-            if distance < best:
-                best, second, label = distance, best, c
-            elif distance < second:
-                second = distance
-        is_open[i] = label != NO_CLUSTER and math.sqrt(second) - math.sqrt(best) <= 2 * reach + _SLACK
-        if is_open[i]:
-            n_open += 1
-        elif label != NO_CLUSTER:
-            counts[label] += 1
-            for j in range(6):
-                sums[label, j] += x[j]
-                squares[label] += x[j] * x[j]
+    x, best, second = np.empty((6, _TILE)), np.empty(_TILE), np.empty(_TILE)
+    label, n_open = np.empty(_TILE, np.int64), 0
+    for start in range(0, z.shape[1], _TILE):
+        stop = min(start + _TILE, z.shape[1])
+        rows = kernels._clip_tile(kernels._rows(z, start, stop), low, high, x)
+        _nearest_two(rows, centroids, best, second, label)
+        for i in range(stop - start):
+            second[i] = math.sqrt(second[i]) - math.sqrt(best[i])
+        for i in range(stop - start):
+            to = label[i]
+            is_open[start + i] = to != NO_CLUSTER and second[i] <= 2 * reach + _SLACK
+            if is_open[start + i]:
+                n_open += 1
+            elif to != NO_CLUSTER:
+                counts[to] += 1
+                for j in range(6):
+                    sums[to, j] += x[j, i]
+                    squares[to] += x[j, i] * x[j, i]
     return n_open
+
+
+@_pass
+def _nearest_two(rows, centroids, best, second, label):  # type: ignore[no-untyped-def]
+    """Squared distances to the two nearest centres of every row, and the number of the nearest."""
+    a, b, c, d, e, f = rows
+    best[:], second[:], label[:] = np.inf, np.inf, NO_CLUSTER
+    for at in range(len(centroids)):
+        centre = point(centroids.T, at)
+        for i in range(len(a)):
+            distance = squared_distance((a[i], b[i], c[i], d[i], e[i], f[i]), centre)
+            second[i] = min(second[i], max(best[i], distance))
+            best[i], label[i] = nearer(distance, at, best[i], label[i])

@@ -16,9 +16,10 @@ from clusterlob_gpu.settling import Settled
 
 _MERGED = ("sklearn", "cuml")
 """Engines that want all rows in the memory of one worker."""
-_REACH = 8
-"""How many times as far as in the pass before centres may move until rows have to be settled anew."""
-_MOST_LEFT = 1 << 20
+_REACH = 3
+"""How many times as far as in the pass before centres may move until rows have to be settled anew: from pass
+to pass their moves halve."""
+_MOST_LEFT = 1 << 21
 """Rows of a fit that are held here because they have not settled; of each day the same share."""
 _TOGETHER = 16
 """Large answers of days that are held at once while they are added up."""
@@ -116,8 +117,8 @@ class _Passes:
         held, latest = self._settlings.get(number), self._latest.get(number)
         if latest is None or self._jobs[number].train[0].job.backend != "cpu":
             return None  # nobody knows yet how far they move; on a GPU a whole pass takes no time
-        if held is None or settling.furthest_move(centroids, held.centroids) > held.reach:
-            reach = _REACH * settling.furthest_move(centroids, latest)
+        reach = _REACH * settling.furthest_move(centroids, latest)
+        if held is None or not held.holds(centroids, reach):
             held = self._settlings[number] = _Settling(centroids, reach)
         return held
 
@@ -130,6 +131,12 @@ class _Settling:
     reach: float
     days: dict[int, Settled] = field(default_factory=dict)
     asked: bool = False
+
+    def holds(self, centroids: np.ndarray, reach: float) -> bool:
+        """Whether these centres lie within it, and it is not in vain where a smaller reach might do."""
+        if not self.days and 4 * reach <= self.reach:
+            return False
+        return settling.furthest_move(centroids, self.centroids) <= self.reach
 
     def ask(self) -> float | None:
         """The reach, once: days that cannot be settled for it are not asked again."""
