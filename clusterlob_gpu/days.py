@@ -252,7 +252,7 @@ def _late_context(job: ClusterDay, book: BookDay | None, carry: BookCarry | None
     if first > 0 and book is not None:
         rows = job.on.decode.table(_rows_path(job, book), list(range(first, len(starts))))
         late = context.make_context(rows, None, job.lake.symbol.qty_unit, job.config.spread, job.on)
-        met = int(job.on.xp.searchsorted(late.ts, since)) - 1
+        met = int(job.on.xp.count_nonzero(late.ts < since)) - 1
         if met >= 0 and kernels.NO_TIME not in [int(changes[met]) for changes in late.changes]:
             return late
     return day_context(job, book, carry)

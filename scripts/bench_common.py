@@ -304,7 +304,13 @@ class Serial:
         self.progress: Callable[[str, int, int], None] = lambda *_: None
         self.stages: dict[str, dict[str, float]] = {}
 
-    def map(self, stage: str, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    def map(
+        self,
+        stage: str,
+        function: Callable[[Any], Any],
+        items: Sequence[Any],
+        home: Any = None,  # noqa: ARG002
+    ) -> list[Any]:
         began = time.perf_counter()
         results = [function(item) for item in items]
         held = self.stages.setdefault(stage, {"calls": 0, "tasks": 0, "seconds": 0.0})

@@ -197,6 +197,17 @@ def test_run_flow__gives_our_bars_and_daily_thresholds(made: Made) -> None:
 # ---- simulations ------------------------------------------------------------------------------------
 
 
+def test_stage_costs__tell_every_stage(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the pipeline asks of its workers, it can be asked of one core."""
+    monkeypatch.setattr(common, "SYMBOL", MARKET.symbols[0])
+    monkeypatch.setattr("clusterlob_gpu.report.render_run", lambda _: [])
+    told = common.stage_costs("cluster", made.lake, 2, tmp_path / "run")
+    assert {"book", "features", "fit", "label", "mids"} <= set(told["stages"])
+    assert told["stages"]["label"]["tasks"] == 2
+    assert min(one["seconds"] for one in told["stages"].values()) > 0
+    assert set(told["client"]) == {"evaluate", "report", "between"}
+
+
 def stages(seed: int = 7) -> list[Any]:
     rng = np.random.default_rng(seed)
     maps = [scale.Stage(name, rng.exponential(size=n)) for name, n in (("a", 300), ("b", 40), ("c", 300))]

@@ -194,6 +194,20 @@ def test_trade_stretches__together_are_the_day(plain: Path, order: str, rows: in
         assert all(len(trades.ts) >= 40 for trades in found[:-1])
 
 
+def test_trade_stretches__statistics_that_lie_are_found_out(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row groups in an order that their statistics deny: nothing comes out of order in silence."""
+    rewrite(plain, "trades", lambda table: table.take(np.arange(len(table))[::-1]), row_group_size=50)
+    lake = opened(plain)
+    lake.look("trades", [TODAY])
+    monkeypatch.setattr(
+        "clusterlob_gpu.lake.native._bounds", lambda _, group, __: (10 * group, 10 * group + 5)
+    )
+    with pytest.raises(LakeError, match=r"row groups are not what their statistics say; ingest it again"):
+        list(lake.trade_stretches(TODAY, 50))
+
+
 def test_trade_stretches__of_several_files_are_one(plain: Path) -> None:
     path = only_file(plain, "trades")
     path.with_name("more.parquet").write_bytes(path.read_bytes())

@@ -259,7 +259,8 @@ class SymbolLake:
                 held = self._gather("trades", day, iter([self._normalise(chunk, some, day, on)]), on)
                 trades = self._trades(day, held)
                 if int(trades.ts[0]) <= latest:
-                    raise LakeError(f"{part.where}: its row groups are not what their statistics say")
+                    said = "its row groups are not what their statistics say"
+                    raise LakeError(f"{part.where}: {said}; ingest it again")
                 latest = int(trades.ts[-1])
                 yield trades
 
