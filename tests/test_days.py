@@ -51,7 +51,7 @@ def write(root: Path, market: lakes.Market) -> None:
         pq.write_table(pq.read_table(path), path, row_group_size=2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(steps=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=30, max_size=60))
 def test_own_tail__from_the_last_rows_as_from_all(steps: list[tuple[int, int]]) -> None:
     """Books that move seldom or often: a row group in which nothing changes does not do."""
