@@ -240,8 +240,11 @@ def _group_starts(job: DayJob[RunConfig], book: BookDay) -> list[int]:
 
 def day_context(job: ClusterDay, book: BookDay | None, carry: BookCarry | None) -> Context:
     """The book that a day's trades meet: its own rows and the state before them."""
-    qty_unit = job.lake.symbol.qty_unit
-    return context.make_context(book_rows(job, book), carry, qty_unit, job.config.spread, job.on)
+    return _context_of(job, book_rows(job, book), carry)
+
+
+def _context_of(job: ClusterDay, rows: Any, carry: BookCarry | None) -> Context:
+    return context.make_context(rows, carry, job.lake.symbol.qty_unit, job.config.spread, job.on)
 
 
 def _late_context(job: ClusterDay, book: BookDay | None, carry: BookCarry | None, since: int) -> Context:
@@ -251,7 +254,7 @@ def _late_context(job: ClusterDay, book: BookDay | None, carry: BookCarry | None
     first = bisect_left(starts, since) - 2
     if first > 0 and book is not None:
         rows = job.on.decode.table(_rows_path(job, book), list(range(first, len(starts))))
-        late = context.make_context(rows, None, job.lake.symbol.qty_unit, job.config.spread, job.on)
+        late = _context_of(job, rows, None)
         met = int(job.on.xp.count_nonzero(late.ts < since)) - 1
         if met >= 0 and kernels.NO_TIME not in [int(changes[met]) for changes in late.changes]:
             return late

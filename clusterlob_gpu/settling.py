@@ -13,11 +13,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from clusterlob_gpu import clustering, kernels
 from clusterlob_gpu.clustering import Bounds, Partial
-from clusterlob_gpu.kernels import NO_CLUSTER, nearer, point, squared_distance
+from clusterlob_gpu.kernels import _TILE, NO_CLUSTER, _pass, nearer, point, squared_distance
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,6 @@ def furthest_move(one: np.ndarray, other: np.ndarray) -> float:
 
 _SLACK = 1e-9
 """Far above what rounding does to a distance."""
-
-
-_TILE = 512
-
-_pass = njit(cache=True, nogil=True, error_model="numpy")
 
 
 @_pass

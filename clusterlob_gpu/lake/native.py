@@ -255,8 +255,8 @@ class SymbolLake:
         with _fault_of("trades", day), _opened(part, [*columns, "symbol_id"]) as (file, meta):
             for groups in _stretches(part, rows):
                 some = part._replace(row_groups=groups)
-                chunk = self._filtered(self._flat(some, file, meta, columns, on), some, on)
-                held = self._gather("trades", day, iter([self._normalise(chunk, some, day, on)]), on)
+                chunk = self._normalise(self._flat(some, file, meta, columns, on), some, day, on)
+                held = self._gather("trades", day, iter([chunk]), on)
                 trades = self._trades(day, held)
                 if int(trades.ts[0]) <= latest:
                     said = "its row groups are not what their statistics say"
@@ -322,7 +322,7 @@ class SymbolLake:
             columns = [*order, *names]
             with _opened(part, [*columns, "symbol_id"]) as (file, meta):
                 chunk = self._flat(part, file, meta, columns, on)
-            yield self._normalise(self._filtered(chunk, part, on), part, day, on)
+            yield self._normalise(chunk, part, day, on)
 
     def _flat(
         self, part: _Part, file: pa.NativeFile, meta: pq.FileMetaData, names: list[str], on: Backend
@@ -340,7 +340,8 @@ class SymbolLake:
         return chunk if bool(mine.all()) else {name: values[mine] for name, values in chunk.items()}
 
     def _normalise(self, chunk: Chunk, part: _Part, day: date, on: Backend) -> Chunk:
-        """Check the day, scale integers of every period to the symbol's units, add a book's tick."""
+        """The symbol's rows, of that day, with integers in the symbol's units and with the tick of a book."""
+        chunk = self._filtered(chunk, part, on)
         ts, start, where = chunk["ts_local_us"], day_start_us(day), part.where
         symbol_id = chunk.pop("symbol_id", None)
         if len(ts) and not (start <= int(ts.min()) and int(ts.max()) < start + US_PER_DAY):
@@ -378,7 +379,7 @@ class SymbolLake:
             with _opened(part, [*_ORDER, "symbol_id", *decode.LISTS]) as (file, meta):
                 chunk = self._flat(part, file, meta, list(_ORDER), on)
                 chunk |= on.decode.levels(part.where, file, meta, part.row_groups, depth)
-            yield self._normalise(self._filtered(chunk, part, on), part, day, on)
+            yield self._normalise(chunk, part, day, on)
 
 
 _UNITS = {
