@@ -14,7 +14,18 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clusterlob_gpu import backend, bars, clustering, context, features, kernels, returns, schema, settling
+from clusterlob_gpu import (
+    backend,
+    bars,
+    clustering,
+    context,
+    features,
+    kernels,
+    returns,
+    schema,
+    settling,
+    starts,
+)
 from clusterlob_gpu.bars import DayFlow
 from clusterlob_gpu.clustering import Bounds, Fit, Model, Partial
 from clusterlob_gpu.config import ClusterConfig, config_hash
@@ -39,11 +50,12 @@ from clusterlob_gpu.lake.layout import day_start_us
 from clusterlob_gpu.returns import Markouts, Mids
 from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES, Context
 from clusterlob_gpu.settling import Settled
+from clusterlob_gpu.starts import Start
 from clusterlob_gpu.store import Artefact, Made, Store, load_column, read_frame, save_columns, source_hash
 
 _HERE = Path(__file__).parent
 _KERNELS: list[ModuleType | Path] = [kernels, _HERE / "device_kernels.py", backend]
-FIT_CODE = source_hash(__file__, [*_KERNELS, clustering, settling, _HERE / "pipeline" / "fits.py"])
+FIT_CODE = source_hash(__file__, [*_KERNELS, clustering, settling, starts, _HERE / "pipeline" / "fits.py"])
 LABEL_CODE = source_hash(__file__, [*_KERNELS, bars, clustering, context, features, returns, schema])
 
 # ---- training -------------------------------------------------------------------------------------------
@@ -134,7 +146,7 @@ def sample_day(task: SampleJob) -> Sample:
     def fill(folder: Path) -> dict[str, Any]:
         z, number = task.train.z(), (job.day - date(1970, 1, 1)).days
         known = job.on.xp.flatnonzero(~job.on.xp.isnan(z[0]))
-        rows = clustering.sample_rows(len(known), task.total, task.seed, number)
+        rows = starts.sample_rows(len(known), task.total, task.seed, number)
         save_columns(folder, z=job.on.to_host(z[:, known[job.on.xp.asarray(rows)]]))
         return {}
 
@@ -192,14 +204,14 @@ def load_fit(store: Store, made: Made) -> Fitted:
     return Fitted(Fit(centroids, counts, **made.record), Bounds(low, high), made.brief())
 
 
-def start_fit(task: tuple[FitJob, Bounds, tuple[Sample, ...]]) -> np.ndarray | InputError:
-    """Starting centres (k, 6) from the days' samples, clipped, or why there are none."""
+def start_fit(task: tuple[FitJob, Bounds, tuple[Sample, ...]]) -> Start | InputError:
+    """Where a fit starts, from the days' samples, clipped, or why it cannot."""
     fit, bounds, samples = task
     store = Store(fit.train[0].job.store)
     rows = [load_column(store.folder(sample.made.address), "z") for sample in samples]
     config, sample = fit.config, bounds.clip(np.concatenate(rows, axis=1))
     try:
-        return clustering.starting_centres(sample, config.k, config.seed, config.n_init)
+        return starts.start(sample, config.k, config.seed, config.n_init)
     except InputError as error:
         return error
 
@@ -234,16 +246,14 @@ class Share:
     train: TrainDay
     bounds: Bounds
     centroids: np.ndarray
-    reach: float | None = None
-    """Distance for which rows shall be settled; None for a plain pass."""
+    reach: float = 0.0
+    """Distance for which rows shall be settled; 0 for a plain pass."""
     most: int = 0
     """Rows that may be left when they are."""
 
     def passed(self, z: Any) -> Partial | Settled:
         """The day's share of the pass, z as `TrainDay.z`."""
-        if self.reach is None:
-            return clustering.partial(z, self.bounds, self.centroids, self.train.job.on)
-        return settling.settle(z, self.bounds, self.centroids, self.reach, self.most)
+        return settling.passed(z, self.bounds, self.centroids, self.reach, self.most, self.train.job.on)
 
 
 def lloyd_day(shares: Sequence[Share]) -> list[Partial | Settled]:

@@ -2,7 +2,7 @@
 
 The fit is Lloyd's algorithm as a map over days and a small reduce of float64 sums and counts.  Sums
 are made per day in row order and added in day order, so the result does not depend on the number of
-workers.  All engines start from the same centres, drawn on the host from a seeded sample of rows.
+workers.  All engines start from the same centres (`starts`).
 
 A day's z-scores are (6, n) float32 with columns apart, in the order of `Z_FEATURES`.
 """
@@ -18,16 +18,11 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 import pandas as pd
 from annotated_types import Len
-from numba import njit
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
 
 from clusterlob_gpu.backend import CPU, Backend
 from clusterlob_gpu.errors import InputError
-from clusterlob_gpu.kernels import point, squared_distance
 from clusterlob_gpu.schema import FEATURES, Z_FEATURES
-
-SAMPLE_ROWS = 200_000
-"""Rows on which the starting centres are fitted."""
 
 SHIFT_TOLERANCE = 1e-8
 """Lloyd ends when the squared shift of all centres together is at most this."""
@@ -74,63 +69,6 @@ class Fit:
     inertia: float
     passes: int
     converged: bool
-
-
-def sample_rows(n: int, total: int, seed: int, day_number: int) -> np.ndarray:
-    """Sorted row numbers of a day for the sample: its share of `SAMPLE_ROWS` of all `total` rows.
-
-    Depends on the seed, the day and the counts alone.
-    """
-    size = n if total <= SAMPLE_ROWS else max(1, round(SAMPLE_ROWS * n / total)) if n else 0
-    rng = np.random.default_rng([seed, day_number])
-    return np.sort(rng.choice(n, size=min(size, n), replace=False))
-
-
-def starting_centres(sample: np.ndarray, k: int, seed: int, n_init: int) -> np.ndarray:
-    """K-means++ and Lloyd on a sample (6, m), best of `n_init` starts: centres (k, 6) float64.
-
-    Raises InputError if the sample has fewer than k distinct rows.
-    """
-    sample = np.ascontiguousarray(sample)
-    rng = np.random.default_rng(seed)
-    starts = [plus_plus(sample, k, rng) for _ in range(n_init)]
-    starts = [start for start in starts if len(start) == k]
-    if not starts:
-        raise InputError(
-            f"k = {k}: the training days have fewer than {k} distinct feature rows in {sample.shape[1]}; "
-            "use a smaller k, a shorter window or more days"
-        )
-    bounds = Bounds.none()
-    fits = [lloyd(start, lambda centres: [partial(sample, bounds, centres)]) for start in starts]
-    return min(fits, key=lambda fit: fit.inertia).centroids
-
-
-def plus_plus(sample: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """Greedy k-means++: k rows of a sample (6, m), fewer if it has no more distinct ones.
-
-    Each next centre is the best of 2 + ln k rows drawn with probability proportional to the squared
-    distance to the nearest centre so far.  Arthur, Vassilvitskii (2007), SODA, 1027-1035.
-    """
-    rows = sample.astype(np.float64)
-    chosen = [int(rng.integers(rows.shape[1]))]
-    distance = _distance_to(rows, chosen[0], np.full(rows.shape[1], np.inf))
-    while len(chosen) < k and distance.max() > 0:
-        upto = np.cumsum(distance)
-        drawn = np.searchsorted(upto, rng.random(2 + int(np.log(k))) * upto[-1], side="right")
-        tried = [_distance_to(rows, at, distance) for at in np.minimum(drawn, rows.shape[1] - 1)]
-        best = int(np.argmin([left.sum() for left in tried]))
-        chosen.append(int(min(drawn[best], rows.shape[1] - 1)))
-        distance = tried[best]
-    return rows[:, chosen].T
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _distance_to(rows, at, distance):  # type: ignore[no-untyped-def]
-    """Squared distance of every row of (6, m) to that row, or `distance` where it is less."""
-    out, centre = np.empty(rows.shape[1]), point(rows, at)
-    for i in range(len(out)):
-        out[i] = min(distance[i], squared_distance(point(rows, i), centre))
-    return out
 
 
 def partial(z: Any, bounds: Bounds, centroids: np.ndarray, on: Backend = CPU) -> Partial:

@@ -11,12 +11,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from clusterlob_gpu import clustering, kernels
+from clusterlob_gpu.backend import CPU, Backend
 from clusterlob_gpu.clustering import Bounds, Partial
-from clusterlob_gpu.kernels import _TILE, NO_CLUSTER, _pass, nearer, point, squared_distance
+from clusterlob_gpu.kernels import _TILE, NO_CLUSTER, _pass, jit, nearer, point, squared_distance
+
+_REACH = 3
+"""How many times as far as in the pass before centres may move until rows have to be settled anew: from pass
+to pass their moves halve."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +46,62 @@ class Settled:
         return Partial(left.sums + self.sums, left.counts + self.counts, left.inertia + inertia)
 
 
-def settle(
-    z: np.ndarray, bounds: Bounds, centroids: np.ndarray, reach: float, most: int
-) -> Settled | Partial:
-    """A day's rows (6, n) settled for centres that move by `reach` at most.
+class Settling:
+    """What of a fit's days is settled for the centres of its passes, as these come.
 
-    Where more than `most` rows are left, the day's share of a plain Lloyd pass from `centroids` (k, 6).
+    `first` is the reach for its first pass, 0 where nobody knows how far the centres will move.
     """
+
+    def __init__(self, first: float = 0.0) -> None:
+        self.days: dict[int, Settled] = {}
+        self._first = first
+        self._reach, self._centroids = 0.0, np.empty((0, 6))
+        self._latest: np.ndarray | None = None
+
+    def follow(self, centroids: np.ndarray) -> float:
+        """Ready it for a pass from these centres; gives the reach for which days shall be settled, 0 for a
+        plain pass over those that are not.
+
+        Days that could not be settled for a reach are not asked again, unless a far smaller one will do.
+        """
+        latest, self._latest = self._latest, centroids
+        reach = self._first if latest is None else _REACH * furthest_move(centroids, latest)
+        if latest is not None and self._holds(centroids, reach):
+            return 0.0
+        self.days, self._centroids, self._reach = {}, centroids, reach
+        return reach
+
+    def _holds(self, centroids: np.ndarray, reach: float) -> bool:
+        if not self.days and 4 * reach <= self._reach:
+            return False
+        return furthest_move(centroids, self._centroids) <= self._reach
+
+    def add(self, day: int, found: Partial | Settled, bounds: Bounds, centroids: np.ndarray) -> Partial:
+        """A day's share of the pass, which is kept if it is settled."""
+        if isinstance(found, Partial):
+            return found
+        self.days[day] = found
+        return found.partial(bounds, centroids)
+
+
+def passed(
+    z: Any, bounds: Bounds, centroids: np.ndarray, reach: float, most: int, on: Backend = CPU
+) -> Partial | Settled:
+    """A day's share of a Lloyd pass from `centroids` (k, 6), or, with a reach, its rows (6, n) settled for
+    centres that move by that at most, unless more than `most` rows are left."""
+    if reach > 0:
+        settled = _settled(z, bounds, centroids, reach, most)
+        if settled is not None:
+            return settled
+    return clustering.partial(z, bounds, centroids, on)
+
+
+def _settled(z: np.ndarray, bounds: Bounds, centroids: np.ndarray, reach: float, most: int) -> Settled | None:
     k = len(centroids)
     sums, squares, counts = np.zeros((k, 6)), np.zeros(k), np.zeros(k, np.int64)
-    open_ = np.empty(z.shape[1], np.bool_)
-    n_open = _settle(z, bounds.low, bounds.high, centroids, reach, sums, squares, counts, open_)
-    if n_open > most:
-        return clustering.partial(z, bounds, centroids)
-    return Settled(sums, squares, counts, z[:, open_])
+    is_open = np.empty(z.shape[1], np.bool_)
+    n_open = _settle(z, bounds.low, bounds.high, centroids, reach, sums, squares, counts, is_open)
+    return Settled(sums, squares, counts, z[:, is_open]) if n_open <= most else None
 
 
 def furthest_move(one: np.ndarray, other: np.ndarray) -> float:
@@ -82,10 +130,11 @@ def _settle(z, low, high, centroids, reach, sums, squares, counts, is_open):  # 
             if is_open[start + i]:
                 n_open += 1
             elif to != NO_CLUSTER:
+                row = point(x, i)
                 counts[to] += 1
+                squares[to] += squared_distance(row, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
                 for j in range(6):
-                    sums[to, j] += x[j, i]
-                    squares[to] += x[j, i] * x[j, i]
+                    sums[to, j] += row[j]
     return n_open
 
 
@@ -93,10 +142,30 @@ def _settle(z, low, high, centroids, reach, sums, squares, counts, is_open):  # 
 def _nearest_two(rows, centroids, best, second, label):  # type: ignore[no-untyped-def]
     """Squared distances to the two nearest centres of every row, and the number of the nearest."""
     a, b, c, d, e, f = rows
+    k = len(centroids)
     best[:], second[:], label[:] = np.inf, np.inf, NO_CLUSTER
-    for at in range(len(centroids)):
-        centre = point(centroids.T, at)
+    # Three at a time are held in registers.
+    for at in range(0, k - 2, 3):
+        one, two, three = point(centroids.T, at), point(centroids.T, at + 1), point(centroids.T, at + 2)
         for i in range(len(a)):
-            distance = squared_distance((a[i], b[i], c[i], d[i], e[i], f[i]), centre)
-            second[i] = min(second[i], max(best[i], distance))
-            best[i], label[i] = nearer(distance, at, best[i], label[i])
+            row = a[i], b[i], c[i], d[i], e[i], f[i]
+            nearest = best[i], second[i], label[i]
+            nearest = _nearer_two(squared_distance(row, one), at, nearest)
+            nearest = _nearer_two(squared_distance(row, two), at + 1, nearest)
+            best[i], second[i], label[i] = _nearer_two(squared_distance(row, three), at + 2, nearest)
+    for at in range(k // 3 * 3, k):
+        only = point(centroids.T, at)
+        for i in range(len(a)):
+            row = a[i], b[i], c[i], d[i], e[i], f[i]
+            best[i], second[i], label[i] = _nearer_two(
+                squared_distance(row, only), at, (best[i], second[i], label[i])
+            )
+
+
+@jit
+def _nearer_two(distance, c, nearest):  # type: ignore[no-untyped-def]
+    """The two nearest distances and the number of the nearest, with a further centre."""
+    best, second, label = nearest
+    second = min(second, max(best, distance))
+    best, label = nearer(distance, c, best, label)
+    return best, second, label

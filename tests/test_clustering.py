@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from clusterlob_gpu import clustering
+from clusterlob_gpu import clustering, starts
 from clusterlob_gpu.clustering import Bounds, Fit, Model
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.schema import FEATURES, Z_FEATURES
@@ -179,7 +179,7 @@ def test_lloyd__centre_without_rows_stays() -> None:
 def test_engines__sklearn_and_lloyd_reach_the_same(bound: float) -> None:
     z = blobs(5_000, 11, spread=1.0)
     bounds = Bounds(np.full(6, -bound), np.full(6, bound))
-    start = clustering.starting_centres(bounds.clip(z), 3, 7, 5)
+    start = starts.start(bounds.clip(z), 3, 7, 5).centres
     mine = fit_days(cut(z, [700, 701, 3_000]), start, bounds)
     theirs = clustering.fit_merged(bounds.clip(z), start)
     np.testing.assert_allclose(theirs.centroids, mine.centroids, atol=1e-3)
@@ -188,9 +188,9 @@ def test_engines__sklearn_and_lloyd_reach_the_same(bound: float) -> None:
     assert np.abs(theirs.counts - mine.counts).max() <= 5
 
 
-def test_starting_centres__find_planted_centres_and_depend_on_the_seed_alone() -> None:
+def test_start__find_planted_centres_and_depend_on_the_seed_alone() -> None:
     z = blobs(6_000, 3, spread=0.2)
-    first, again = (clustering.starting_centres(z, 3, 7, 5) for _ in range(2))
+    first, again = (starts.start(z, 3, 7, 5).centres for _ in range(2))
     np.testing.assert_array_equal(first, again)
     order = np.linalg.norm(first[:, None] - CENTRES[None], axis=2).argmin(axis=0)
     assert sorted(order) == [0, 1, 2]
@@ -198,16 +198,16 @@ def test_starting_centres__find_planted_centres_and_depend_on_the_seed_alone() -
 
 
 def test_sample_rows__share_of_the_day_and_seed() -> None:
-    limit = clustering.SAMPLE_ROWS
-    assert clustering.sample_rows(50, limit, 7, 1).tolist() == list(range(50))
-    assert len(clustering.sample_rows(0, limit * 4, 7, 1)) == 0
-    assert len(clustering.sample_rows(1, limit * 4, 7, 1)) == 1
-    rows = clustering.sample_rows(limit, limit * 4, 7, 1)
+    limit = starts.SAMPLE_ROWS
+    assert starts.sample_rows(50, limit, 7, 1).tolist() == list(range(50))
+    assert len(starts.sample_rows(0, limit * 4, 7, 1)) == 0
+    assert len(starts.sample_rows(1, limit * 4, 7, 1)) == 1
+    rows = starts.sample_rows(limit, limit * 4, 7, 1)
     assert len(rows) == limit // 4
     assert (np.diff(rows) > 0).all()
-    np.testing.assert_array_equal(rows, clustering.sample_rows(limit, limit * 4, 7, 1))
-    assert (rows != clustering.sample_rows(limit, limit * 4, 7, 2)).any()
-    assert (rows != clustering.sample_rows(limit, limit * 4, 8, 1)).any()
+    np.testing.assert_array_equal(rows, starts.sample_rows(limit, limit * 4, 7, 1))
+    assert (rows != starts.sample_rows(limit, limit * 4, 7, 2)).any()
+    assert (rows != starts.sample_rows(limit, limit * 4, 8, 1)).any()
 
 
 @pytest.mark.parametrize("distinct", [1, 2, 3])
@@ -215,15 +215,15 @@ def test_plus_plus__picks_distinct_rows_and_no_more_than_there_are(distinct: int
     """A hundred copies of each row: chosen centres are never equal."""
     rows = np.repeat(CENTRES[:distinct], 100, axis=0).T
     for seed in range(20):
-        centres = clustering.plus_plus(rows.astype(np.float32), 3, np.random.default_rng(seed))
+        centres = starts.plus_plus(rows.astype(np.float32), 3, np.random.default_rng(seed))
         assert len(centres) == distinct
         assert sorted(map(tuple, centres)) == sorted(map(tuple, CENTRES[:distinct]))
 
 
-def test_starting_centres__fewer_distinct_rows_than_k() -> None:
+def test_start__fewer_distinct_rows_than_k() -> None:
     rows = np.repeat(CENTRES[:2], 50, axis=0).T.astype(np.float32)
     with pytest.raises(InputError, match=r"k = 3: the training days have fewer than 3 distinct .* in 100"):
-        clustering.starting_centres(rows, 3, 7, 5)
+        starts.start(rows, 3, 7, 5)
     assert InputError.exit_code == 2
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clusterlob_gpu import clustering, settling
+from clusterlob_gpu import clustering, settling, starts
 from clusterlob_gpu.clustering import Bounds, Partial
 from clusterlob_gpu.pipeline import fits
 from clusterlob_gpu.settling import Settled
@@ -36,7 +36,7 @@ def assert_same(got: Partial, want: Partial) -> None:
 @given(
     n=st.integers(1, 400),
     k=st.integers(1, 6),
-    reach=st.sampled_from([0.0, 0.01, 0.3]),
+    reach=st.sampled_from([1e-12, 0.01, 0.3]),
     bound=st.sampled_from([np.inf, 1.5]),
     seed=st.integers(0, 1000),
 )
@@ -45,7 +45,7 @@ def test_partial__is_that_of_all_rows(n: int, k: int, reach: float, bound: float
     rng, z = np.random.default_rng(seed), rows(n, seed)
     bounds = Bounds(np.full(6, -bound), np.full(6, bound))
     centroids = rng.normal(size=(k, 6))
-    held = settling.settle(z, bounds, centroids, reach, n)
+    held = settling.passed(z, bounds, centroids, reach, n)
     assert isinstance(held, Settled)
     for _ in range(4):
         step = rng.normal(size=(k, 6))
@@ -54,16 +54,16 @@ def test_partial__is_that_of_all_rows(n: int, k: int, reach: float, bound: float
     assert_same(held.partial(bounds, centroids), clustering.partial(z, bounds, centroids))
 
 
-def test_settle__few_rows_are_left_and_all_are_with_a_wide_reach() -> None:
+def test_passed__few_rows_are_left_and_all_are_with_a_wide_reach() -> None:
     z, centroids = rows(5000, 1), np.array([[-2.0] * 6, [2.0] * 6])
-    left = [settling.settle(z, Bounds.none(), centroids, reach, 5000).left.shape[1] for reach in (0.05, 50)]
+    left = [settling.passed(z, Bounds.none(), centroids, reach, 5000).left.shape[1] for reach in (0.05, 50)]
     assert 0 < left[0] < 600
     assert left[1] == np.isfinite(z[0]).sum()
 
 
-def test_settle__with_too_many_left_is_a_plain_pass() -> None:
+def test_passed__with_too_many_left_is_a_plain_pass() -> None:
     z, centroids = rows(500, 2), np.array([[-2.0] * 6, [2.0] * 6])
-    got = settling.settle(z, Bounds.none(), centroids, 50.0, 100)
+    got = settling.passed(z, Bounds.none(), centroids, 50.0, 100)
     assert isinstance(got, Partial)
     assert_same(got, clustering.partial(z, Bounds.none(), centroids))
 
@@ -93,16 +93,19 @@ def job(days: Sequence[np.ndarray], backend: str = "cpu") -> Any:
 
 
 @pytest.mark.parametrize("most", [0, 1500, 1 << 20])
+@pytest.mark.parametrize("first", [0.0, 0.2])
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_passes__fit_as_plain_ones_do(monkeypatch: pytest.MonkeyPatch, most: int, backend: str) -> None:
+def test_passes__fit_as_plain_ones_do(
+    monkeypatch: pytest.MonkeyPatch, most: int, first: float, backend: str
+) -> None:
     """Two fits of different k on three days; where days settle most passes ask none of them."""
     monkeypatch.setattr(fits, "_MOST_LEFT", most)
     days = [rows(4000, seed) for seed in (1, 2, 3)]
     rng = np.random.default_rng(9)
-    starts, bounds, stages = [rng.normal(size=(k, 6)) for k in (3, 4)], Bounds.none(), Stages()
-    passes = fits._Passes([job(days, backend)] * 2, [bounds] * 2, stages)  # type: ignore[arg-type]
-    got = clustering.lloyd_together(starts, passes)
-    for fit, start in zip(got, starts, strict=True):
+    begin, bounds, stages = [rng.normal(size=(k, 6)) for k in (3, 4)], Bounds.none(), Stages()
+    jobs = [job(days, backend)] * 2
+    got = clustering.lloyd_together(begin, fits._Passes(jobs, [bounds] * 2, stages, [first] * 2))  # type: ignore[arg-type]
+    for fit, start in zip(got, begin, strict=True):
         want = clustering.lloyd(start, lambda c: [clustering.partial(z, bounds, c) for z in days])
         np.testing.assert_allclose(fit.centroids, want.centroids, atol=1e-9)
         np.testing.assert_array_equal(fit.counts, want.counts)
@@ -113,3 +116,36 @@ def test_passes__fit_as_plain_ones_do(monkeypatch: pytest.MonkeyPatch, most: int
         assert stages.days < whole / 2
     if most == 0 or backend == "gpu":
         assert stages.days == whole
+
+
+def test_passes__from_near_the_centres_ask_every_day_once() -> None:
+    """Where the first reach holds to the end."""
+    days, bounds, stages = [rows(4000, seed) for seed in (1, 2)], Bounds.none(), Stages()
+    centres = clustering.lloyd(
+        np.random.default_rng(9).normal(size=(3, 6)),
+        lambda c: [clustering.partial(z, bounds, c) for z in days],
+    ).centroids
+    passes = fits._Passes([job(days)], [bounds], stages, [0.05])  # type: ignore[arg-type]
+    (fit,) = clustering.lloyd_together([centres + 0.01], passes)
+    assert fit.converged
+    assert fit.passes > 3
+    assert stages.days == 2
+    plain = clustering.lloyd(centres + 0.01, lambda c: [clustering.partial(z, bounds, c) for z in days])
+    np.testing.assert_array_equal(fit.counts, plain.counts)
+    assert fit.passes == plain.passes
+
+
+def test_start__is_the_best_of_plain_fits() -> None:
+    """The centres of plain passes over the sample, and the standard error of the smallest cluster's."""
+    sample = rows(3000, 5)
+    sample = sample[:, ~np.isnan(sample).any(axis=0)]
+    rng = np.random.default_rng(7)
+    chosen = [starts.plus_plus(sample, 4, rng) for _ in range(3)]
+    plain = [
+        clustering.lloyd(rows_, lambda c: [clustering.partial(sample, Bounds.none(), c)]) for rows_ in chosen
+    ]
+    best = min(plain, key=lambda fit: fit.inertia)
+    got = starts.start(sample, 4, 7, 3)
+    np.testing.assert_allclose(got.centres, best.centroids, atol=1e-9)
+    variance = ((sample.T[:, None] - best.centroids) ** 2).sum(axis=2).min(axis=1).mean()
+    assert got.error == pytest.approx(np.sqrt(variance / best.counts.min()))

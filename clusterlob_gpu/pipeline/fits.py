@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from clusterlob_gpu import cluster_days, clustering, settling
+from clusterlob_gpu import cluster_days, clustering
 from clusterlob_gpu.cluster_days import FitJob, Fitted, Sample, SampleJob, Share, TrainDay
 from clusterlob_gpu.clustering import Bounds, Fit, Partial
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.pipeline.stages import Item, PlanEnds, Stages
-from clusterlob_gpu.settling import Settled
+from clusterlob_gpu.settling import Settling
+from clusterlob_gpu.starts import Start
 
 _MERGED = ("sklearn", "cuml")
 """Engines that want all rows in the memory of one worker."""
-_REACH = 3
-"""How many times as far as in the pass before centres may move until rows have to be settled anew: from pass
-to pass their moves halve."""
+_FIRST_REACH = 10
+"""How many times their standard error the centres of the sample may move in all: trades are alike from one to the
+next, so a sample of them says less than its error tells."""
 _MOST_LEFT = 1 << 21
 """Rows of a fit that are held here because they have not settled; of each day the same share."""
 _TOGETHER = 16
@@ -48,12 +48,17 @@ def _fit(jobs: Sequence[FitJob], stages: Stages) -> list[Fitted | InputError]:
     merged = [n for n in starts if jobs[n].config.engine in _MERGED]
     spread = [n for n in starts if jobs[n].config.engine == "cuml_dask"]
     passed = [n for n in starts if n not in (*merged, *spread)]
-    fits = {n: _spread_fit(jobs[n], bounds[n], starts[n], stages) for n in spread}
-    tasks = [(jobs[n], bounds[n], starts[n]) for n in merged]
+    fits = {n: _spread_fit(jobs[n], bounds[n], starts[n].centres, stages) for n in spread}
+    tasks = [(jobs[n], bounds[n], starts[n].centres) for n in merged]
     fits |= zip(merged, stages.map("fit", cluster_days.fit_merged, tasks), strict=True)
     together = clustering.lloyd_together(
-        [starts[n] for n in passed],
-        _Passes([jobs[n] for n in passed], [bounds[n] for n in passed], stages),
+        [starts[n].centres for n in passed],
+        _Passes(
+            [jobs[n] for n in passed],
+            [bounds[n] for n in passed],
+            stages,
+            [_FIRST_REACH * starts[n].error for n in passed],
+        ),
     )
     fits |= zip(passed, together, strict=True)
     done: list[Fitted | InputError] = []
@@ -71,84 +76,51 @@ def _spread_fit(job: FitJob, bounds: Bounds, start: np.ndarray, stages: Stages) 
     """cuML's fit over the GPUs of all workers; counts and inertia are those of one more pass of ours."""
     rows = [(day, bounds) for day in job.train]
     centres = stages.workers.kmeans(cluster_days.clipped_rows, rows, start, clustering.MAX_PASSES)
-    last = _Passes([job], [bounds], stages)({0: centres})[0]
+    last = _Passes([job], [bounds], stages, [0.0])({0: centres})[0]
     counts = np.sum([part.counts for part in last], axis=0)
     return Fit(centres, counts, float(np.sum([part.inertia for part in last])), 0, True)
 
 
 class _Passes:
-    """Lloyd passes of many fits; days whose rows have settled are no longer asked."""
+    """Lloyd passes of many fits; days whose rows have settled are no longer asked.
 
-    def __init__(self, jobs: Sequence[FitJob], bounds: Sequence[Bounds], stages: Stages) -> None:
+    `reaches`: how far the centres of each fit may be expected to move, 0 where nobody knows.
+    """
+
+    def __init__(
+        self, jobs: Sequence[FitJob], bounds: Sequence[Bounds], stages: Stages, reaches: Sequence[float]
+    ) -> None:
         self._jobs, self._bounds, self._stages = jobs, bounds, stages
-        self._latest: dict[int, np.ndarray] = {}
-        """Centres of each fit in the pass before."""
-        self._settlings: dict[int, _Settling] = {}
+        self._settlings = dict(enumerate(map(Settling, reaches)))
 
     def __call__(self, moving: Mapping[int, np.ndarray]) -> dict[int, list[Partial]]:
         """Partials of the days of every fit that still moves, from its centres."""
         found: dict[int, dict[int, Partial]] = {number: {} for number in moving}
-        self._settlings = {n: held for n, held in self._settlings.items() if n in moving}
+        self._settlings = {number: self._settlings[number] for number in moving}
         shares: dict[str, list[Share]] = {}
         asked: dict[str, list[tuple[int, int]]] = {}
         for number, centroids in moving.items():
-            held, train = self._settling(number, centroids), self._jobs[number].train
-            bounds = self._bounds[number]
-            reach, most = held.ask() if held is not None else None, _MOST_LEFT // len(train)
-            for at, day in enumerate(train):
-                if held is not None and at in held.days:
+            job, bounds, held = self._jobs[number], self._bounds[number], self._settlings[number]
+            # On a GPU a whole pass takes no time.
+            reach = held.follow(centroids) if job.train[0].job.backend == "cpu" else 0.0
+            for at, day in enumerate(job.train):
+                if at in held.days:
                     found[number][at] = held.days[at].partial(bounds, centroids)
                     continue
                 address = day.features.made.address
-                shares.setdefault(address, []).append(Share(day, bounds, centroids, reach, most))
+                share = Share(day, bounds, centroids, reach, _MOST_LEFT // len(job.train))
+                shares.setdefault(address, []).append(share)
                 asked.setdefault(address, []).append((number, at))
         answers = self._stages.map("fit", cluster_days.lloyd_day, list(shares.values()))
         for places, parts in zip(asked.values(), answers, strict=True):
             for (number, at), part in zip(places, parts, strict=True):
-                if isinstance(part, Settled):
-                    self._settlings[number].days[at] = part
-                    part = part.partial(self._bounds[number], moving[number])
-                found[number][at] = part
-        self._latest.update(moving)
+                held = self._settlings[number]
+                found[number][at] = held.add(at, part, self._bounds[number], moving[number])
         return {number: [parts[at] for at in sorted(parts)] for number, parts in found.items()}
 
-    def _settling(self, number: int, centroids: np.ndarray) -> _Settling | None:
-        """The settling of a fit that holds for these centres, a new one where none does."""
-        held, latest = self._settlings.get(number), self._latest.get(number)
-        if latest is None or self._jobs[number].train[0].job.backend != "cpu":
-            return None  # nobody knows yet how far they move; on a GPU a whole pass takes no time
-        reach = _REACH * settling.furthest_move(centroids, latest)
-        if held is None or not held.holds(centroids, reach):
-            held = self._settlings[number] = _Settling(centroids, reach)
-        return held
 
-
-@dataclass
-class _Settling:
-    """Days of a fit that are settled for centres within `reach` of these."""
-
-    centroids: np.ndarray
-    reach: float
-    days: dict[int, Settled] = field(default_factory=dict)
-    asked: bool = False
-
-    def holds(self, centroids: np.ndarray, reach: float) -> bool:
-        """Whether these centres lie within it, and it is not in vain where a smaller reach might do."""
-        if not self.days and 4 * reach <= self.reach:
-            return False
-        return settling.furthest_move(centroids, self.centroids) <= self.reach
-
-    def ask(self) -> float | None:
-        """The reach, once: days that cannot be settled for it are not asked again."""
-        reach = None if self.asked else self.reach
-        self.asked = True
-        return reach
-
-
-def _starts(
-    jobs: Sequence[FitJob], bounds: Sequence[Bounds], stages: Stages
-) -> list[np.ndarray | InputError]:
-    """Starting centres of every fit; all with the same rows and seed start from the same sample."""
+def _starts(jobs: Sequence[FitJob], bounds: Sequence[Bounds], stages: Stages) -> list[Start | InputError]:
+    """Where every fit starts; all with the same rows and seed from the same sample."""
     wanted: dict[str, SampleJob] = {}
     of_job: list[list[str]] = []
     for job in jobs:
@@ -158,11 +130,11 @@ def _starts(
         of_job.append(addresses)
     made = stages.make("sample", cluster_days.sample_artefact, cluster_days.sample_day, list(wanted.values()))
     samples: dict[str, Sample] = dict(zip(wanted, made, strict=True))
-    starts = [
+    begun = [
         (job, bound, tuple(samples[address] for address in addresses))
         for job, bound, addresses in zip(jobs, bounds, of_job, strict=True)
     ]
-    return stages.map("start", cluster_days.start_fit, starts)
+    return stages.map("start", cluster_days.start_fit, begun)
 
 
 def _all_bounds(jobs: Sequence[FitJob], stages: Stages) -> list[Bounds]:
