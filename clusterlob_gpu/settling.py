@@ -45,6 +45,25 @@ class Settled:
         inertia = float((self.squares - 2 * across + self.counts * lengths).sum())
         return Partial(left.sums + self.sums, left.counts + self.counts, left.inertia + inertia)
 
+    def settled_more(self, bounds: Bounds, centroids: np.ndarray, reach: float) -> Settled:
+        """With those rows that are settled for centres within `reach` of these, themselves in its own."""
+        more = _settled(self.left, bounds, centroids, reach, self.left.shape[1])
+        assert more is not None
+        sums, squares = self.sums + more.sums, self.squares + more.squares
+        return Settled(sums, squares, self.counts + more.counts, more.left)
+
+
+@dataclass(frozen=True)
+class _Ball:
+    """Days that are settled for centres within `reach` of these."""
+
+    centroids: np.ndarray
+    reach: float
+    days: dict[int, Settled]
+
+    def holds(self, centroids: np.ndarray) -> bool:
+        return furthest_move(centroids, self.centroids) <= self.reach
+
 
 class Settling:
     """What of a fit's days is settled for the centres of its passes, as these come.
@@ -52,11 +71,16 @@ class Settling:
     `first` is the reach for its first pass, 0 where nobody knows how far the centres will move.
     """
 
-    def __init__(self, first: float = 0.0) -> None:
-        self.days: dict[int, Settled] = {}
-        self._first = first
-        self._reach, self._centroids = 0.0, np.empty((0, 6))
+    def __init__(self, bounds: Bounds, first: float = 0.0) -> None:
+        self._bounds, self._first = bounds, first
+        self._balls: list[_Ball] = []
+        """Each inside the one before, with fewer rows left."""
         self._latest: np.ndarray | None = None
+
+    @property
+    def days(self) -> dict[int, Settled]:
+        """Days that are settled for the latest centres."""
+        return self._balls[-1].days if self._balls else {}
 
     def follow(self, centroids: np.ndarray) -> float:
         """Ready it for a pass from these centres; gives the reach for which days shall be settled, 0 for a
@@ -66,22 +90,28 @@ class Settling:
         """
         latest, self._latest = self._latest, centroids
         reach = self._first if latest is None else _REACH * furthest_move(centroids, latest)
-        if latest is not None and self._holds(centroids, reach):
-            return 0.0
-        self.days, self._centroids, self._reach = {}, centroids, reach
+        while self._balls and not self._balls[-1].holds(centroids):
+            self._balls.pop()
+        if self._balls:
+            if 4 * reach > self._balls[-1].reach:
+                return 0.0
+            if self.days:
+                # A ball that reached out of the one before would ask days anew where it need not.
+                if reach <= self._balls[-1].reach - furthest_move(centroids, self._balls[-1].centroids):
+                    days = {
+                        at: day.settled_more(self._bounds, centroids, reach) for at, day in self.days.items()
+                    }
+                    self._balls.append(_Ball(centroids, reach, days))
+                return 0.0
+        self._balls = [_Ball(centroids, reach, {})]
         return reach
 
-    def _holds(self, centroids: np.ndarray, reach: float) -> bool:
-        if not self.days and 4 * reach <= self._reach:
-            return False
-        return furthest_move(centroids, self._centroids) <= self._reach
-
-    def add(self, day: int, found: Partial | Settled, bounds: Bounds, centroids: np.ndarray) -> Partial:
+    def add(self, day: int, found: Partial | Settled, centroids: np.ndarray) -> Partial:
         """A day's share of the pass, which is kept if it is settled."""
         if isinstance(found, Partial):
             return found
         self.days[day] = found
-        return found.partial(bounds, centroids)
+        return found.partial(self._bounds, centroids)
 
 
 def passed(
@@ -100,8 +130,10 @@ def _settled(z: np.ndarray, bounds: Bounds, centroids: np.ndarray, reach: float,
     k = len(centroids)
     sums, squares, counts = np.zeros((k, 6)), np.zeros(k), np.zeros(k, np.int64)
     is_open = np.empty(z.shape[1], np.bool_)
-    n_open = _settle(z, bounds.low, bounds.high, centroids, reach, sums, squares, counts, is_open)
-    return Settled(sums, squares, counts, z[:, is_open]) if n_open <= most else None
+    _settle(z, bounds.low, bounds.high, centroids, reach, sums, squares, counts, is_open)
+    if np.count_nonzero(is_open) > most:
+        return None
+    return Settled(sums, squares, counts, z[:, is_open])
 
 
 def furthest_move(one: np.ndarray, other: np.ndarray) -> float:
@@ -115,9 +147,9 @@ _SLACK = 1e-9
 
 @_pass
 def _settle(z, low, high, centroids, reach, sums, squares, counts, is_open):  # type: ignore[no-untyped-def]
-    """Add settled rows up, mark those that are not, and give their number; a row with a NaN is neither."""
+    """Add settled rows up, and mark those that are not; a row with a NaN is neither."""
     x, best, second = np.empty((6, _TILE)), np.empty(_TILE), np.empty(_TILE)
-    label, n_open = np.empty(_TILE, np.int64), 0
+    label = np.empty(_TILE, np.int64)
     for start in range(0, z.shape[1], _TILE):
         stop = min(start + _TILE, z.shape[1])
         rows = kernels._clip_tile(kernels._rows(z, start, stop), low, high, x)
@@ -127,15 +159,12 @@ def _settle(z, low, high, centroids, reach, sums, squares, counts, is_open):  # 
         for i in range(stop - start):
             to = label[i]
             is_open[start + i] = to != NO_CLUSTER and second[i] <= 2 * reach + _SLACK
-            if is_open[start + i]:
-                n_open += 1
-            elif to != NO_CLUSTER:
+            if to != NO_CLUSTER and not is_open[start + i]:
                 row = point(x, i)
                 counts[to] += 1
                 squares[to] += squared_distance(row, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
                 for j in range(6):
                     sums[to, j] += row[j]
-    return n_open
 
 
 @_pass

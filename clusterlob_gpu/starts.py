@@ -55,13 +55,14 @@ def start(sample: np.ndarray, k: int, seed: int, n_init: int) -> Start:
 
 
 def _lloyd(sample: np.ndarray, centres: np.ndarray) -> Fit:
-    held, bounds, most = Settling(), Bounds.none(), sample.shape[1] // 4
+    bounds, most = Bounds.none(), sample.shape[1] // 4
+    held = Settling(bounds)
 
     def one_pass(centres: np.ndarray) -> list[Partial]:
         reach = held.follow(centres)
         if held.days:
             return [held.days[0].partial(bounds, centres)]
-        return [held.add(0, settling.passed(sample, bounds, centres, reach, most), bounds, centres)]
+        return [held.add(0, settling.passed(sample, bounds, centres, reach, most), centres)]
 
     return clustering.lloyd(centres, one_pass)
 

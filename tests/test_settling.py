@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from clusterlob_gpu import clustering, settling, starts
 from clusterlob_gpu.clustering import Bounds, Partial
 from clusterlob_gpu.pipeline import fits
-from clusterlob_gpu.settling import Settled
+from clusterlob_gpu.settling import Settled, Settling
 
 
 def rows(n: int, seed: int) -> np.ndarray:
@@ -66,6 +66,40 @@ def test_passed__with_too_many_left_is_a_plain_pass() -> None:
     got = settling.passed(z, Bounds.none(), centroids, 50.0, 100)
     assert isinstance(got, Partial)
     assert_same(got, clustering.partial(z, Bounds.none(), centroids))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    steps=st.lists(st.sampled_from([0.0, 1e-4, 3e-3, 0.03, 0.3]), min_size=1, max_size=12),
+    first=st.sampled_from([0.0, 0.05, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_settling__follows_centres_wherever_they_go(steps: list[float], first: float, seed: int) -> None:
+    """Nearer and nearer, far away, and back: every share is that of a plain pass."""
+    rng, z, bounds = np.random.default_rng(seed), rows(300, seed), Bounds(np.full(6, -2.5), np.full(6, 2.5))
+    held, centroids = Settling(bounds, first), rng.normal(size=(3, 6))
+    for step in [0.0, *steps]:
+        centroids = centroids + step * rng.normal(size=(3, 6))
+        reach = held.follow(centroids)
+        if held.days:
+            assert reach == 0.0
+            got = held.days[0].partial(bounds, centroids)
+        else:
+            got = held.add(0, settling.passed(z, bounds, centroids, reach, 200), centroids)
+        assert_same(got, clustering.partial(z, bounds, centroids))
+
+
+def test_settling__fewer_rows_are_left_the_nearer_the_centres_come() -> None:
+    """And those that were settled first serve again where the centres leave the nearer reach."""
+    z, bounds, centroids = rows(5000, 1), Bounds.none(), np.array([[-2.0] * 6, [2.0] * 6])
+    held, left = Settling(bounds, 1.0), []
+    for offset in (0.0, 0.02, 0.021, 0.0211, 0.2):
+        reach = held.follow(centroids + offset)
+        if reach:
+            held.add(0, settling.passed(z, bounds, centroids + offset, reach, 5000), centroids + offset)
+        left.append(held.days[0].left.shape[1])
+    assert left[0] > left[1] > left[2] > left[3] >= 0
+    assert left[4] == left[0]
 
 
 class Stages:

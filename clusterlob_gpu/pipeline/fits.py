@@ -17,8 +17,8 @@ from clusterlob_gpu.starts import Start
 _MERGED = ("sklearn", "cuml")
 """Engines that want all rows in the memory of one worker."""
 _FIRST_REACH = 10
-"""How many times their standard error the centres of the sample may move in all: trades are alike from one to the
-next, so a sample of them says less than its error tells."""
+"""How many times their standard error the centres of the sample may move in all: trades are alike from one to
+the next, so a sample of them says less than its error tells."""
 _MOST_LEFT = 1 << 21
 """Rows of a fit that are held here because they have not settled; of each day the same share."""
 _TOGETHER = 16
@@ -91,7 +91,7 @@ class _Passes:
         self, jobs: Sequence[FitJob], bounds: Sequence[Bounds], stages: Stages, reaches: Sequence[float]
     ) -> None:
         self._jobs, self._bounds, self._stages = jobs, bounds, stages
-        self._settlings = dict(enumerate(map(Settling, reaches)))
+        self._settlings = dict(enumerate(map(Settling, bounds, reaches)))
 
     def __call__(self, moving: Mapping[int, np.ndarray]) -> dict[int, list[Partial]]:
         """Partials of the days of every fit that still moves, from its centres."""
@@ -114,8 +114,7 @@ class _Passes:
         answers = self._stages.map("fit", cluster_days.lloyd_day, list(shares.values()))
         for places, parts in zip(asked.values(), answers, strict=True):
             for (number, at), part in zip(places, parts, strict=True):
-                held = self._settlings[number]
-                found[number][at] = held.add(at, part, self._bounds[number], moving[number])
+                found[number][at] = self._settlings[number].add(at, part, moving[number])
         return {number: [parts[at] for at in sorted(parts)] for number, parts in found.items()}
 
 
