@@ -117,17 +117,18 @@ def _draws(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _load_numba() -> None:
-    """Load Numba without the BLAS that it borrows from SciPy: half a second, and no kernel here calls it.
+    """Load Numba without SciPy's BLAS and without cffi: half a second, and no kernel here calls them.
 
-    SciPy itself is none the worse for it.  In a process that may have other kernels this would be wrong.
+    They are none the worse for it.  In a process that may have other kernels this would be wrong.
     """
-    blas = "scipy.linalg.cython_blas"
-    if blas not in sys.modules:
-        sys.modules[blas] = None  # type: ignore[assignment]  # an import of it fails at once
-        try:
-            import numba.np.arraymath  # noqa: F401
-        finally:
-            del sys.modules[blas]
+    left_out = {"scipy.linalg.cython_blas", "cffi"} - sys.modules.keys()
+    sys.modules |= dict.fromkeys(left_out)  # type: ignore[arg-type]  # an import of them fails at once
+    try:
+        import numba.core.typing.cffi_utils
+        import numba.np.arraymath  # noqa: F401
+    finally:
+        for name in left_out:
+            del sys.modules[name]
 
 
 _LAKE = click.option(
