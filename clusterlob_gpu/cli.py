@@ -207,6 +207,7 @@ def ingest_tardis(source: Path, lake: Location, symbols_file: Path | None, **lim
 @click.option("--full-size", is_flag=True, help="BTCUSDT of May 2024: 3.95M trades, 864k snapshots a day.")
 def ingest_synthetic(lake: Location, start: datetime, full_size: bool, **settings: Any) -> None:
     """Make a seeded market with planted types of traders."""
+    _load_numba()
     from clusterlob_gpu.lake import synthetic
 
     config = synthetic.make_market(start=start.date(), full_size=full_size, **settings)
