@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -57,6 +57,9 @@ def nowhere(_: Any) -> None:
 
 _LIBRARIES = (*COMPUTING, "distributed")
 """Libraries whose version may change a value or how a task travels."""
+
+_MOST_JOINED = 32
+"""Items of a Dask task at most: as many are begun anew where a worker dies."""
 
 _IDLE_S = 120
 """Seconds without work before a worker that is not needed is given back to the queue."""
@@ -108,6 +111,10 @@ def open_workers(place: Place, progress: Progress) -> Iterator[Workers]:
 # ---- outcomes of tasks ------------------------------------------------------------------------------
 
 
+_OWN_FAULTS = (LakeError, WorkerLostError, MemoryError)
+"""Errors of a task that are its item's own fault."""
+
+
 class _Outcomes(Generic[Result]):
     """What the tasks of one stage gave: results, and errors that are an item's own fault."""
 
@@ -121,22 +128,17 @@ class _Outcomes(Generic[Result]):
         try:
             self.results[index] = result()
             self.failed.pop(index, None)
-        except (LakeError, WorkerLostError) as error:
-            self.failed[index] = error
         except MemoryError as error:
             self.failed[index] = WorkerLostError(
                 f"{self.stage}: a task found no memory ({error or 'none left'}); "
                 "give its worker more memory or fewer threads"
             )
+        except _OWN_FAULTS as error:
+            self.failed[index] = error
 
     @property
     def done(self) -> int:
         return len(self.results) + len(self.failed)
-
-    @property
-    def lost(self) -> list[int]:
-        """Items whose worker died or had no memory left."""
-        return [index for index, error in self.failed.items() if isinstance(error, WorkerLostError)]
 
     def in_order(self) -> list[Result]:
         """All results; raises TasksFailed if some item has none."""
@@ -189,6 +191,20 @@ class _Threads:
 # ---- Dask -------------------------------------------------------------------------------------------
 
 
+def joined(items: Sequence[Item], at_once: int) -> list[Sequence[Item]]:
+    """Items as they go to the workers, several in a task: many at first, one by one at last.
+
+    The scheduler takes milliseconds for a task, however short.  A task has half of what is left for each of
+    `at_once` at most (guided self-scheduling: Polychronopoulos, Kuck 1987, IEEE ToC 36, 1425-1439).
+    """
+    parts, at = [], 0
+    while at < len(items):
+        size = max(1, min(_MOST_JOINED, (len(items) - at) // (2 * at_once)))
+        parts.append(items[at : at + size])
+        at += size
+    return parts
+
+
 class _Dask:
     """Workers of a Dask scheduler; only paths, records and centroids travel."""
 
@@ -234,11 +250,10 @@ class _Dask:
             return []
         outcomes = _Outcomes[Result](stage, len(items))
         with self._scheduler_watched(self.client):
-            self._compute(outcomes, function, dict(enumerate(items)), home)
-            if self.place.threads_per_worker > 1:
-                # Tasks that share a worker share its memory and its end: alone, only who is at fault fails.
-                for index in outcomes.lost:
-                    self._compute(outcomes, function, {index: items[index]}, home)
+            lost = self._compute(outcomes, function, dict(enumerate(items)), home)
+            # Items that share a task or a worker share its end: alone, only who is at fault fails.
+            for index in lost:
+                self._compute(outcomes, function, {index: items[index]}, home)
         return outcomes.in_order()
 
     def _compute(
@@ -247,52 +262,70 @@ class _Dask:
         function: Callable[[Item], Result],
         items: Mapping[int, Item],
         home: Home,
-    ) -> None:
-        """Add the outcomes of some items of a stage, given by their index."""
+    ) -> list[int]:
+        """Add the outcomes of some items of a stage, given by their index; gives those lost in company."""
         from distributed import as_completed
 
-        client, stage = self.client, outcomes.stage
+        client, stage, lost = self.client, outcomes.stage, list[int]()
         waiting = self._submitted(stage, function, items, home)
         try:
             for future in as_completed(waiting, loop=client.loop):
-                index = waiting.pop(future)
-                outcomes.add(index, partial(self._result, stage, future, home(items[index])))
+                joined = waiting.pop(future)
+                given = self._given(stage, future, [home(items[index]) for index in joined], len(joined))
+                for index, one in zip(joined, given, strict=True):
+                    outcomes.add(index, one)
+                if len(joined) > 1 or self.place.threads_per_worker > 1:
+                    lost += [index for index in joined if index in outcomes.failed]
                 # What has been fetched is let go, or Dask would compute it again for a lost worker.
                 future.release()
                 self.progress(stage, outcomes.done, outcomes.n_items)
         finally:
             if client.status == "running":
                 client.cancel(list(waiting), force=True)
+        return [index for index in lost if isinstance(outcomes.failed[index], WorkerLostError)]
 
     def _submitted(
         self, stage: str, function: Callable[[Item], Any], items: Mapping[int, Item], home: Home
-    ) -> dict[Any, int]:
-        """Futures of items, by index; those whose home has a worker are sent there if it is still alive."""
+    ) -> dict[Any, Sequence[int]]:
+        """Futures of joined items, by their indices; those whose home has a worker are sent there if it is
+        still alive."""
         task, groups = _Task(function, environment()), dict[str | None, list[int]]()
         for index, item in items.items():
             groups.setdefault(self._homes.get(home(item) or ""), []).append(index)
-        waiting: dict[Any, int] = {}
+        waiting: dict[Any, Sequence[int]] = {}
         for address, group in groups.items():
             where = {} if address is None else {"workers": [address], "allow_other_workers": True}
-            held = [items[index] for index in group]
+            at_once = self._at_once if address is None else self.place.threads_per_worker
+            parts = joined(group, at_once)
+            held = [[items[index] for index in part] for part in parts]
             futures = self.client.map(task, held, pure=False, key=stage.replace(" ", "-"), **where)
-            waiting |= zip(futures, group, strict=True)
+            waiting |= zip(futures, parts, strict=True)
         return waiting
 
-    def _result(self, stage: str, future: Any, home: str | None) -> Any:
-        """Result of a finished task; a task that took all its workers down raises WorkerLostError."""
+    @property
+    def _at_once(self) -> int:
+        """Tasks that run at once where all workers have come that may."""
+        if self.place.workers is not None:
+            return self.place.workers[1] * self.place.threads_per_worker
+        return max(1, sum(self.client.nthreads().values()))
+
+    def _given(
+        self, stage: str, future: Any, homes: Sequence[str | None], n_items: int
+    ) -> Sequence[Callable[[], Any]]:
+        """What a finished task gave for each of its items, to be called; WorkerLostError for each where the
+        task took all its workers down."""
         from distributed.scheduler import KilledWorker
 
         try:
-            worker, result = future.result()
+            worker, given = future.result()
         except KilledWorker as error:
-            raise WorkerLostError(
+            lost = WorkerLostError(
                 f"{stage}: the worker of a task died {error.allowed_failures + 1} times; "
                 "its memory limit may be too small"
-            ) from None
-        if home is not None:
-            self._homes[home] = worker
-        return result
+            )
+            return [_Fault(lost)] * n_items
+        self._homes |= {home: worker for home in homes if home is not None}
+        return given
 
     def kmeans(
         self, rows: Callable[[Item], Any], items: Sequence[Item], centroids: np.ndarray, most_passes: int
@@ -301,9 +334,9 @@ class _Dask:
         from dask import array
         from dask.delayed import delayed
 
-        task = _Task(rows, environment())
+        task, alone = _Task(rows, environment()), [[item] for item in items]
         with self._scheduler_watched(self.client):
-            parts = [delayed(_second)(future) for future in self.client.map(task, items, pure=False)]
+            parts = [delayed(_only)(future) for future in self.client.map(task, alone, pure=False)]
             parts = self.client.persist(parts)
             lengths = self.client.gather(self.client.compute([delayed(len)(part) for part in parts]))
             blocks = [
@@ -341,8 +374,9 @@ class _Dask:
             ) from None
 
 
-def _second(pair: tuple[Any, Any]) -> Any:
-    return pair[1]
+def _only(answer: tuple[str, Sequence[Callable[[], Any]]]) -> Any:
+    """The result of a task of one item."""
+    return answer[1][0]()
 
 
 def _start(running: ExitStack, place: DaskPlace) -> Any:
@@ -534,11 +568,40 @@ class _Task(Generic[Item, Result]):
     function: Callable[[Item], Result]
     environment: Mapping[str, str]
 
-    def __call__(self, item: Item) -> tuple[str, Result]:
-        """Address of the worker, and what the function gives."""
+    def __call__(self, items: Sequence[Item]) -> tuple[str, list[Callable[[], Result]]]:
+        """Address of the worker, and what the function gives for each item, as `_Outcomes.add` takes it.
+
+        An error that is not the item's own fault is raised at once.
+        """
         from distributed import get_worker
 
         address: str = get_worker().address
         if self.environment != environment():
             _require_same(f"worker {address}", self.environment, environment())
-        return address, self.function(item)
+        return address, [self._given(item) for item in items]
+
+    def _given(self, item: Item) -> Callable[[], Result]:
+        try:
+            return _Result(self.function(item))
+        except _OWN_FAULTS as error:
+            return _Fault(error)
+
+
+@dataclass(frozen=True)
+class _Result(Generic[Result]):
+    """Gives a result when it is called."""
+
+    value: Result
+
+    def __call__(self) -> Result:
+        return self.value
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """Raises an error when it is called."""
+
+    error: Exception
+
+    def __call__(self) -> Any:
+        raise self.error

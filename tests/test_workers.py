@@ -18,11 +18,13 @@ from pathlib import Path
 
 import pytest
 from distributed.security import Security
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import clusterlob_gpu
 from clusterlob_gpu.errors import ClusterlobError, InputError, LakeError, TasksFailed, WorkerLostError
 from clusterlob_gpu.places import ConnectPlace, LocalPlace
-from clusterlob_gpu.workers import Place, Workers, open_workers
+from clusterlob_gpu.workers import Place, Workers, joined, open_workers
 
 PACKAGE = Path(clusterlob_gpu.__file__).parent
 
@@ -108,6 +110,32 @@ def test_map__no_memory_is_an_items_own_fault(opened: tuple[Workers, Told]) -> N
     )
     assert list(caught.value.failed) == [2, 3]
     assert caught.value.exit_code == 1
+
+
+def test_map__many_items_share_a_task_and_none_its_fault(opened: tuple[Workers, Told]) -> None:
+    """500 items of two workers are a few dozen tasks, each of which is told of once."""
+    workers, told = opened
+    told.clear()
+    with pytest.raises(TasksFailed) as caught:
+        workers.map("fail", fail_at_five, range(500))
+    assert list(caught.value.failed) == [5]
+    if "local" in workers.name:
+        assert len(told) < 50
+    assert told[-1] == ("fail", 500, 500)
+
+
+@settings(max_examples=100)
+@given(n=st.integers(0, 3000), at_once=st.integers(1, 300))
+def test_joined__in_order_many_at_first_and_one_by_one_at_last(n: int, at_once: int) -> None:
+    parts = joined(range(n), at_once)
+    assert [item for part in parts for item in part] == list(range(n))
+    sizes = [len(part) for part in parts]
+    assert sizes == sorted(sizes, reverse=True)
+    left = n
+    for size in sizes:
+        assert 1 <= size <= max(1, min(32, left / (2 * at_once)))
+        left -= size
+    assert sizes[-2 * at_once :] == [1] * min(n, 2 * at_once)
 
 
 def test_map__any_other_error_is_raised_at_once(opened: tuple[Workers, Told]) -> None:
@@ -208,14 +236,15 @@ def test_local__a_killed_worker_changes_no_result_and_undoes_none(tmp_path: Path
     assert [len((tmp_path / f"{x}.pid").read_text().split()) for x in range(5)] == [1, 1, 2, 1, 1]
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_local__a_task_that_kills_its_workers_fails_alone(threads: int) -> None:
+@pytest.mark.parametrize(("threads", "n_items"), [(1, 6), (3, 6), (1, 10)])
+def test_local__a_task_that_kills_its_workers_fails_alone(threads: int, n_items: int) -> None:
+    """Of ten items of one worker five share a task."""
     place = LocalPlace(n_workers=1, threads_per_worker=threads, allowed_failures=1)
     with (
         open_workers(place, lambda *_: None) as workers,
         pytest.raises(TasksFailed) as caught,
     ):
-        workers.map("days", die_at_three, range(6))
+        workers.map("days", die_at_three, range(n_items))
     assert list(caught.value.failed) == [3]
     assert isinstance(caught.value.failed[3], WorkerLostError)
     assert str(caught.value) == "days: the worker of a task died 2 times; its memory limit may be too small"
