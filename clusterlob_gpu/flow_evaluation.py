@@ -135,10 +135,14 @@ def flow_tables(bars: pd.DataFrame, plan: FlowPlan) -> dict[str, pd.DataFrame]:
             [_with_symbol(part[name], symbol) for symbol, part in zip(panels, parts, strict=True)],
             ignore_index=True,
         )
-    tables["ic"] = judge(tables["ic"])
-    for name in ("ic_differences", "regimes", "stability"):
-        tables[name] = judge_differences(tables[name])
-    return tables
+    return judge_tables(tables)
+
+
+def judge_tables(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Tables of `flow_tables` of several symbols put together, corrected over all of them."""
+    judges = {"ic": judge, "variants": judge}
+    judges |= dict.fromkeys(("ic_differences", "regimes", "stability"), judge_differences)
+    return {name: judges[name](table) if name in judges else table for name, table in tables.items()}
 
 
 def flow_ic(bars: pd.DataFrame, plan: FlowPlan) -> pd.DataFrame:

@@ -26,7 +26,7 @@ from clusterlob_gpu.config import (
 from clusterlob_gpu.errors import ClusterlobError, InputError
 from clusterlob_gpu.files import Location
 from clusterlob_gpu.output import RunDirectory, append_ledger
-from clusterlob_gpu.pipeline import cluster, flow, trials
+from clusterlob_gpu.pipeline import cluster, flow, flow_parts, trials
 from clusterlob_gpu.pipeline.parts import prepare_parts
 from clusterlob_gpu.pipeline.run import (
     Bad,
@@ -240,7 +240,7 @@ def _family_parts(asked: RunRequest[Any], family: Family, work: Work) -> tuple[l
         rows: Sequence[Sequence[Any]] = prepare_parts(asked, configs, runs, work)
     else:
         runs = flow.check_flow(asked, work.bad)
-        rows, markets = flow.prepare_flow(asked, configs, runs, work)
+        rows, markets = flow_parts.prepare_flow(asked, configs, runs, work)
         runs = [*runs, *markets.values()]
         absent = [(name, None) for name in asked.config.markets if name not in markets]
     hashes = [config_hash(config.resolved()) for config in configs]

@@ -24,6 +24,7 @@ from rich.table import Table
 from clusterlob_gpu import flow_evaluation, pipeline
 from clusterlob_gpu.config import ClusterConfig, FlowConfig, RunConfig
 from clusterlob_gpu.lake.synthetic import MarketConfig, ingest_synthetic, make_market
+from clusterlob_gpu.pipeline import parts
 from clusterlob_gpu.schema import FEATURES, Z_FEATURES
 from clusterlob_gpu.workers import Place, open_workers
 
@@ -80,9 +81,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     ingest_synthetic(root / "lake", MARKET)
     with pytest.MonkeyPatch.context() as patch:
         nothing = pd.DataFrame(
-            {name: [] for name in ("symbol", "cluster", "label", "signal", "target", "ic")}
+            {name: [] for name in ("symbol", "cluster", "label", "signal", "target", "ic", "verdict")}
         )
-        patch.setattr(pipeline.cluster, "_evaluate", lambda *_: nothing)
+        patch.setattr(parts, "ic_of", lambda *_: nothing)
         patch.setattr(flow_evaluation, "flow_tables", lambda *_: {"ic": nothing})
         cluster = _run(pipeline.run_cluster, root, MARKET, ClusterConfig(keep_trades=True))
         flow = _run(pipeline.run_flow, root, MARKET, FlowConfig())

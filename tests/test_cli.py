@@ -165,7 +165,7 @@ def test_job_that_fails__exit_code_1(
 
 # ---- runs -------------------------------------------------------------------------------------------
 
-STAGES = ("book", "tail", "features", "sample", "fit", "label", "mids")
+STAGES = ("book", "tail", "features", "sample", "fit", "label", "mids", "tables")
 
 
 def result_files(out: Path) -> list[str]:

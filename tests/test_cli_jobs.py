@@ -151,6 +151,7 @@ def test_info__store_and_nothing(clusterlob: Run, lake: Path, tmp_path: Path) ->
         "fit": "1",
         "label": "2",
         "mids": "3",
+        "tables": "1",
     }
     (tmp_path / "empty").mkdir()
     code, out, err = clusterlob("info", tmp_path / "empty")

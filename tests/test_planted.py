@@ -15,6 +15,7 @@ from clusterlob_gpu import evaluation, pipeline
 from clusterlob_gpu.config import make_config
 from clusterlob_gpu.evaluation import Target
 from clusterlob_gpu.lake.synthetic import MarketConfig, ingest_synthetic, make_market
+from clusterlob_gpu.pipeline import parts
 from clusterlob_gpu.schema import SIDE_UNKNOWN
 from clusterlob_gpu.workers import Place, open_workers
 
@@ -46,9 +47,9 @@ def run_market(
         pictures=False,
     )
     if not evaluate:
-        names = ("symbol", "cluster", "label", "signal", "target", "ic")
+        names = ("symbol", "cluster", "label", "signal", "target", "ic", "verdict")
         nothing = pd.DataFrame({name: [] for name in names})
-        monkeypatch.setattr(pipeline.cluster, "_evaluate", lambda *_: nothing)
+        monkeypatch.setattr(parts, "ic_of", lambda *_: nothing)
     with open_workers(Place(kind="threads", n_workers=2), lambda *_: None) as workers:
         return pipeline.run_cluster(request, workers) / "results"
 

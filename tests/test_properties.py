@@ -30,6 +30,7 @@ from clusterlob_gpu import pipeline
 from clusterlob_gpu.clustering import read_models
 from clusterlob_gpu.config import ClusterConfig
 from clusterlob_gpu.errors import InputError
+from clusterlob_gpu.pipeline import parts
 from clusterlob_gpu.workers import Place, open_workers
 
 CONFIG: dict[str, Any] = {
@@ -80,8 +81,9 @@ def product_config(config: dict[str, Any], **more: Any) -> ClusterConfig:
 
 @contextmanager
 def without_evaluation() -> Iterator[None]:
-    nothing = pd.DataFrame({name: [] for name in ("symbol", "cluster", "label", "signal", "target", "ic")})
-    with patch.object(pipeline.cluster, "_evaluate", lambda *_: nothing):
+    names = ("symbol", "cluster", "label", "signal", "target", "ic", "verdict")
+    nothing = pd.DataFrame({name: [] for name in names})
+    with patch.object(parts, "ic_of", lambda *_: nothing):
         yield
 
 

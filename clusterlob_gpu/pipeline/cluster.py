@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from clusterlob_gpu import clustering
+from clusterlob_gpu import clustering, evaluation
 from clusterlob_gpu.clustering import Model
 from clusterlob_gpu.config import ClusterConfig
 from clusterlob_gpu.errors import InputError
+from clusterlob_gpu.pipeline import trials
 from clusterlob_gpu.pipeline.parts import (
     FEATURE_KEYS,
     FIT_KEYS,
@@ -22,8 +23,6 @@ from clusterlob_gpu.pipeline.parts import (
     ClusterRun,
     Part,
     front,
-    ic_of,
-    part_tables,
     prepare_parts,
     windows,
 )
@@ -56,16 +55,14 @@ class ClusterExperiment:
     def compute(self, request: ClusterRequest, runs: list[ClusterRun], work: Work) -> Outcome:
         """Every result of a checked request."""
         (parts,) = prepare_parts(request, [request.config], runs, work)
-        work.stages.end_of_plan()
         problems = [part.problem for part in parts if part.problem is not None]
         if problems:
+            work.stages.end_of_plan()
             raise problems[0]
-        tables: dict[str, pd.DataFrame] = {}
         with work.clock.stage("evaluate"):
-            made = [part_tables(part, request.models is None) for part in parts]
-            for name in made[0]:
-                tables[name] = pd.concat([part[name] for part in made], ignore_index=True)
-            tables["ic"] = _evaluate(request, tables["buckets"], tables["centroids"])
+            tables = trials.tables_of(parts, work.stages)
+            work.stages.end_of_plan()
+            tables["ic"] = _judged(request, tables["ic"])
         if work.folder is not None:
             last = [part.models[part.fitted[-1].id] for part in parts]
             clustering.write_models(last, work.folder.parent / "model.json")
@@ -82,7 +79,7 @@ class ClusterExperiment:
         found = {"book": count, "tail": count, "features": count}
         if request.models is None:
             found["fit"] = len(windows(request, request.config)) * len(runs)
-        return found | {"label": count, "mids": count}
+        return found | {"label": count, "mids": count, "tables": len(runs)}
 
 
 CLUSTER, LABEL = ClusterExperiment("cluster"), ClusterExperiment("label")
@@ -109,10 +106,12 @@ def run_cluster(request: ClusterRequest, workers: Workers) -> Path:
     return execute(request, CLUSTER, workers)
 
 
-def _evaluate(request: ClusterRequest, buckets: pd.DataFrame, centroids: pd.DataFrame) -> pd.DataFrame:
-    """IC of every cluster's flow, and of all flow, against every target, corrected over the whole run."""
-    table = ic_of(request.config, buckets, centroids).assign(sample=_sample(request))
-    return front(table, ["symbol", "sample", "cluster", "label"])
+def _judged(request: ClusterRequest, ic: pd.DataFrame) -> pd.DataFrame:
+    """ICs of all symbols, corrected over the whole run."""
+    mixed = ic["verdict"].eq("mixed")
+    ic = evaluation.judge(ic).assign(sample=_sample(request))
+    ic.loc[mixed, "verdict"] = "mixed"
+    return front(ic, ["symbol", "sample", "cluster", "label"])
 
 
 def _sample(request: ClusterRequest) -> str:

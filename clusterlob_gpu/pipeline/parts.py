@@ -313,7 +313,7 @@ def _bucket_times(spans: Iterable[tuple[date, date, int, tuple[int, ...]]]) -> n
     return np.unique(np.concatenate(times))
 
 
-def part_tables(part: Part, fitted: bool) -> dict[str, pd.DataFrame]:
+def part_tables(part: Part) -> dict[str, pd.DataFrame]:
     """Result tables of a part by name; `windows` too where its walk-forward was fitted here."""
     store, previous = Store(part.store), None
     centroids, flows, markouts, fits = [], [], [], []
@@ -334,7 +334,7 @@ def part_tables(part: Part, fitted: bool) -> dict[str, pd.DataFrame]:
         "buckets": front(buckets.merge(ahead, on="bucket_ts", how="left"), ["symbol", "window_id"]),
     }
     tables["markouts"] = _markouts(part.config, markouts, tables["centroids"])
-    if part.config.train_days is not None and fitted:
+    if part.config.train_days is not None and all(window.train for window in part.fitted):
         tables["windows"] = front(pd.DataFrame(fits), ["symbol", "window_id"])
     return tables
 

@@ -1,36 +1,35 @@
-"""The evaluation of one symbol under one config, as a task: what a sweep asks of its workers."""
+"""The evaluation of one symbol under one config, as a task: every table for a run, ICs alone for a sweep."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from clusterlob_gpu import (
-    bars,
-    cluster_days,
-    clustering,
-    controls,
-    days,
-    evaluation,
-    flow_bars,
-    flow_days,
-    flow_evaluation,
-    returns,
-)
+from clusterlob_gpu import flow_evaluation
 from clusterlob_gpu.days import symbol_folder
 from clusterlob_gpu.errors import ClusterlobError
-from clusterlob_gpu.pipeline import flow, parts
-from clusterlob_gpu.pipeline.flow import FlowPart
+from clusterlob_gpu.pipeline import flow_parts, parts
+from clusterlob_gpu.pipeline.flow_parts import FlowPart
 from clusterlob_gpu.pipeline.parts import Part
-from clusterlob_gpu.store import Artefact, Made, Store, read_frame, source_hash
+from clusterlob_gpu.pipeline.stages import Stages
+from clusterlob_gpu.store import Artefact, Made, Store, read_frame
+from clusterlob_gpu.versions import CODE_VERSION, computing_versions
 
-CLUSTER_CODE = source_hash(str(parts.__file__), [bars, cluster_days, clustering, days, evaluation, returns])
-FLOW_CODE = source_hash(
-    str(flow.__file__), [controls, evaluation, flow_bars, flow_days, flow_evaluation, returns]
-)
+
+@dataclass(frozen=True)
+class Tables:
+    """The result tables of a symbol: where they are."""
+
+    made: Made
+
+    def read(self, store: Store) -> dict[str, pd.DataFrame]:
+        """The tables by name."""
+        folder = store.folder(self.made.address)
+        return {name: read_frame(folder / f"{name}.parquet") for name in self.made.record["tables"]}
 
 
 @dataclass(frozen=True)
@@ -47,48 +46,47 @@ class Evaluated:
         return read_frame(store.folder(self.made.address) / "ic.parquet")
 
 
+def tables_of(made: Sequence[Part | FlowPart], stages: Stages) -> dict[str, pd.DataFrame]:
+    """Result tables of all symbols by name, by the order of their names, each corrected alone."""
+    ordered = sorted(made, key=lambda part: part.symbol)
+    found = [
+        tables.read(stages.store) for tables in stages.make("tables", tables_artefact, make_tables, ordered)
+    ]
+    return {name: pd.concat([tables[name] for tables in found], ignore_index=True) for name in found[0]}
+
+
+def tables_artefact(part: Part | FlowPart) -> Artefact:
+    """Name of a symbol's tables: of everything that they are made of, and of its settings."""
+    return _artefact("tables", part, part.config.resolved())
+
+
+def make_tables(part: Part | FlowPart) -> Tables:
+    """Every result table of a symbol, kept in the store."""
+
+    def fill(folder: Path) -> dict[str, Any]:
+        tables = _tables(part)
+        for name, table in tables.items():
+            table.to_parquet(folder / f"{name}.parquet", index=False)
+        return {"tables": list(tables)}
+
+    return Tables(Store(part.store).make(tables_artefact(part), fill))
+
+
+def _tables(part: Part | FlowPart) -> dict[str, pd.DataFrame]:
+    if isinstance(part, FlowPart):
+        return flow_parts.part_tables(part)
+    tables = parts.part_tables(part)
+    return tables | {"ic": parts.ic_of(part.config, tables["buckets"], tables["centroids"])}
+
+
 def evaluation_artefact(part: Part | FlowPart) -> Artefact | None:
     """Name of an evaluation: of everything that it looks at, and of its settings."""
-    if isinstance(part, FlowPart):
-        return _flow_artefact(part)
-    return None if part.problem is not None else _cluster_artefact(part)
-
-
-def _cluster_artefact(part: Part) -> Artefact:
-    windows = part.fitted
-    inputs: dict[str, Any] = {
-        "code": CLUSTER_CODE,
-        "labelled": [[day.made.address for day in part.labelled.get(w.id, [])] for w in windows],
-        "models": [part.models[window.id].as_json() for window in windows],
-        "test": [[window.id, [str(day) for day in window.test]] for window in windows],
-        "mids": [mids.made.address for mids in part.mids],
-        "config": part.config.resolved(),
-    }
-    return Artefact("evaluation", symbol_folder(part.exchange, part.symbol), _span(part), inputs)
-
-
-def _span(part: Part) -> str:
-    tested = [day for window in part.windows for day in window.test]
-    return f"{min(tested)}..{max(tested)}"
-
-
-def _flow_artefact(part: FlowPart) -> Artefact:
+    if isinstance(part, Part):
+        return None if part.problem is not None else _artefact("evaluation", part, part.config.resolved())
     config = part.config.resolved()
     for name in ("fee_bps", "slippage_bps", "controls"):  # no IC depends on them
         del config[name]
-    inputs = {
-        "code": FLOW_CODE,
-        "bars": [[str(day), made.made.address if made else None] for day, made in part.bars],
-        "setting": part.setting,
-        "book": [state.made.address for state in part.book],
-        "ticker": [state.made.address for state in part.ticker],
-        "markets": {name: [s.made.address for s in states] for name, states in part.markets.items()},
-        "price_unit": str(part.price_unit),
-        "days": [str(day) for day in part.days],
-        "config": config,
-    }
-    folder = symbol_folder(part.exchange, part.symbol)
-    return Artefact("evaluation", folder, f"{part.days[0]}..{part.days[-1]}", inputs)
+    return _artefact("evaluation", part, config)
 
 
 def evaluate(part: Part | FlowPart) -> Evaluated:
@@ -109,6 +107,39 @@ def evaluate(part: Part | FlowPart) -> Evaluated:
 
 def _ic(part: Part | FlowPart) -> pd.DataFrame:
     if isinstance(part, FlowPart):
-        return flow_evaluation.flow_ic(flow.part_bars(part), flow.flow_plan(part.config))
-    tables = parts.part_tables(part, fitted=True)
-    return parts.ic_of(part.config, tables["buckets"], tables["centroids"])
+        return flow_evaluation.flow_ic(flow_parts.part_bars(part), flow_parts.flow_plan(part.config))
+    return _tables(part)["ic"]
+
+
+def _artefact(stage: str, part: Part | FlowPart, config: dict[str, Any]) -> Artefact:
+    # Of the whole package: nearly all of it has a say in these tables, and they are soon made.
+    code = {"code": CODE_VERSION, "libraries": computing_versions(), "config": config}
+    inputs = _flow_inputs(part) if isinstance(part, FlowPart) else _cluster_inputs(part)
+    return Artefact(stage, symbol_folder(part.exchange, part.symbol), _span(part), code | inputs)
+
+
+def _cluster_inputs(part: Part) -> dict[str, Any]:
+    windows = part.fitted
+    return {
+        "labelled": [[day.made.address for day in part.labelled.get(w.id, [])] for w in windows],
+        "models": [part.models[window.id].as_json() for window in windows],
+        "windows": [[w.id, [str(day) for day in w.train], [str(day) for day in w.test]] for w in windows],
+        "mids": [mids.made.address for mids in part.mids],
+    }
+
+
+def _flow_inputs(part: FlowPart) -> dict[str, Any]:
+    return {
+        "bars": [[str(day), made.made.address if made else None] for day, made in part.bars],
+        "setting": part.setting,
+        "book": [state.made.address for state in part.book],
+        "ticker": [state.made.address for state in part.ticker],
+        "markets": {name: [s.made.address for s in states] for name, states in part.markets.items()},
+        "price_unit": str(part.price_unit),
+        "days": [str(day) for day in part.days],
+    }
+
+
+def _span(part: Part | FlowPart) -> str:
+    days = part.days if isinstance(part, FlowPart) else [day for w in part.windows for day in w.test]
+    return f"{min(days)}..{max(days)}"
