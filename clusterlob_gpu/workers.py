@@ -222,6 +222,8 @@ class _Dask:
 
         settings = {
             "distributed.admin.tick.limit": "1h",
+            # A year of fifty symbols are 100 MB of tasks, which is no news to their user.
+            "distributed.admin.large-graph-warning-threshold": "1GB",
             "distributed.worker.daemon": True,
             "distributed.scheduler.allowed-failures": self.place.allowed_failures,
             # A worker holds no more tasks than it runs: one that dies takes no waiting task down with it.

@@ -261,11 +261,11 @@ def _resident_pages(path: Path) -> int:
 # ---- inside the package -----------------------------------------------------------------------------
 
 
-def dask_overheads(workers: int = 2, tasks: int = 2000) -> dict[str, float]:
-    """Seconds that Dask takes for tasks that do nothing, run as the package runs its own.
+def dask_overheads(workers: int = 2, n_items: int = 20_000) -> dict[str, float]:
+    """Seconds that Dask takes for items with which nothing is done, run as the package runs its own.
 
-    start_s: until workers answer; submit_s: of a task, before the first of its stage ends; task_s: of a
-    task after that; round_trip_s: of a single task.
+    start_s: until workers answer; submit_s: of an item, before the first task of its stage ends; task_s: of a
+    task, of many items or of one, after that; round_trip_s: of a single item.
     """
     from clusterlob_gpu.workers import Place, open_workers
 
@@ -275,7 +275,7 @@ def dask_overheads(workers: int = 2, tasks: int = 2000) -> dict[str, float]:
         if done:
             ends.append(time.perf_counter())
 
-    place, items = Place(kind="local", n_workers=workers), [os.urandom(TASK_BYTES) for _ in range(tasks)]
+    place, items = Place(kind="local", n_workers=workers), [os.urandom(TASK_BYTES) for _ in range(n_items)]
     began = time.perf_counter()
     with open_workers(place, note) as running:
         running.map("start", len, items[:1])
@@ -289,8 +289,8 @@ def dask_overheads(workers: int = 2, tasks: int = 2000) -> dict[str, float]:
     first, last = ends[0], ends[-1]
     return {
         "start_s": started - began,
-        "submit_s": max(0.0, first - submitted - single) / tasks,
-        "task_s": (last - first) / max(1, tasks - 1),
+        "submit_s": max(0.0, first - submitted - single) / n_items,
+        "task_s": (last - first) / max(1, len(ends) - 1),
         "round_trip_s": single,
     }
 
@@ -344,6 +344,7 @@ def stage_costs(experiment: str, lake: Path, days: int, out: Path) -> dict[str, 
     workers = _serially(experiment, lake, days, out, lambda function, *what: function(*what))
     held = json.loads((out / "run.json").read_text())
     client = {name: held["timings"].get(name, 0.0) for name in ("evaluate", "report")}
+    client["evaluate"] = max(0.0, client["evaluate"] - workers.stages["tables"]["seconds"])
     between = held["seconds"] - sum(client.values()) - sum(one["seconds"] for one in workers.stages.values())
     return {"days": days, "stages": workers.stages, "client": client | {"between": max(0.0, between)}}
 
