@@ -40,12 +40,14 @@ class CarriedRun(SymbolRun):
 def reduce_books(
     asked: Sequence[tuple[Run, Sequence[date]]], request: RunRequest[RunConfig], stages: Stages
 ) -> None:
-    """Reduce the books of the days that the lake has of those asked of each symbol."""
+    """Reduce the books of the days that the lake has of those asked of each symbol, which may come twice."""
     table = request.config.book
-    tasks = [(run, run.job(request, day)) for run, days_ in asked for day in run.held(table, days_)]
-    made = stages.make("book", days.book_artefact, days.reduce_book, [job for _, job in tasks], table)
-    for (run, _), book in zip(tasks, made, strict=True):
-        run.books[book.day] = book
+    wanted = [(run, day) for run, days_ in asked for day in run.held(table, days_)]
+    jobs = {(run.name, day): run.job(request, day) for run, day in wanted}
+    made = stages.make("book", days.book_artefact, days.reduce_book, list(jobs.values()), table)
+    books = dict(zip(jobs, made, strict=True))
+    for run, day in wanted:
+        run.books[day] = books[run.name, day]
 
 
 def carry_books(run: SymbolRun, earliest: date) -> None:

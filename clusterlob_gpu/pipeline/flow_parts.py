@@ -82,10 +82,9 @@ def prepare_flow(
     with clock.stage("book"):
         markets = _market_runs(shared, work.bad)
         market_days = _market_days(shared)
-        reduce_books([(run, market_days) for run in markets.values()], shared, stages)
-        last = _last_priced(shared)
-        wanted = days_between(previous_day(request.start - _LOOKBACK), last)
-        reduce_books([(run, wanted) for run in runs], shared, stages)
+        wanted = days_between(previous_day(request.start - _LOOKBACK), _last_priced(shared))
+        asked: list[tuple[SymbolRun, list[date]]] = [(run, wanted) for run in runs]
+        reduce_books([*asked, *((run, market_days) for run in markets.values())], shared, stages)
         for run in (*markets.values(), *runs):
             if run.books:
                 carry_books(run, min(run.books))
