@@ -149,6 +149,18 @@ def test_broken_file__stops_the_run_after_the_other_days_are_done(own: Path, tmp
     assert (books["there"], books["made"]) == (3, 1)
 
 
+def test_broken_file__the_lake_is_looked_at_once_more_for_it_and_else_once(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, check = list[int](), pipeline.cluster.check_cluster
+    monkeypatch.setattr(pipeline.cluster, "check_cluster", lambda *what: looks.append(1) or check(*what))
+    run(own, tmp_path / "a" / "run", "on_bad_day=skip")
+    assert len(looks) == 1
+    flip_bits(partition(own, "trades", DAYS[2]))
+    run(own, tmp_path / "b" / "run", "on_bad_day=skip")
+    assert len(looks) == 3
+
+
 def test_out_of_reach__is_not_a_bad_day(own: Path, tmp_path: Path) -> None:
     """An I/O error is nobody's missing day: with `skip` it would silently null one."""
     file = partition(own, "trades", DAYS[2])

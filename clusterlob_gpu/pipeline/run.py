@@ -249,7 +249,7 @@ def without_bad_days(
 def execute(request: RunRequest[RunConfig], experiment: Experiment[Any], workers: Workers) -> Path:
     """Check, compute, write, draw and publish a run, and add it to the ledger; gives the output folder."""
     bad: Bad = {}
-    without_bad_days(request, lambda bad: experiment.check(request, bad), bad)
+    checked = [without_bad_days(request, lambda bad: experiment.check(request, bad), bad)]
     if request.keep_current and is_current(request.out, request.identity, request.lake, request.exchange):
         return request.out
     store = Store(request.artefacts)
@@ -259,7 +259,8 @@ def execute(request: RunRequest[RunConfig], experiment: Experiment[Any], workers
         try:
 
             def attempt(bad: Bad) -> tuple[list[SymbolRun], Work, Outcome]:
-                runs = experiment.check(request, bad)
+                # Looked at once: a further attempt has other bad days.
+                runs = checked.pop() if checked else experiment.check(request, bad)
                 directory.clear_results()
                 work = Work(Stages(workers, store), clock, directory.work / "results", bad)
                 return runs, work, experiment.compute(request, runs, work)
