@@ -281,6 +281,8 @@ def test_pipeline_stages__scale_what_was_measured() -> None:
     totals = [float(stage.seconds.sum()) for stage in made]
     assert totals == pytest.approx([0.2, 30, 1, 1.5, 1.5, 1.5, 6, 4, 4])
     assert sum(stage.read_gb for stage in made) == pytest.approx(1.5)
+    on_four = scale.pipeline_stages(BENCH, np.array([1.0, 0.5]), 10, 0.1, 1.0, 0.0, client_cores=4)
+    assert float(on_four[-1].seconds.sum()) == pytest.approx(1)
     halves = scale.apart(made, 2, 2)
     assert [float(stage.seconds.sum()) for stage in halves] == pytest.approx([0.1, 20, 0.5, 1, 1, 1, 3, 2, 2])
 
