@@ -139,7 +139,7 @@ def flow_tables(bars: pd.DataFrame, plan: FlowPlan) -> dict[str, pd.DataFrame]:
 
 
 def judge_tables(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Tables of `flow_tables` of several symbols put together, corrected over all of them."""
+    """Tables of `flow_tables` and `variants` of several symbols put together: corrected over all."""
     judges = {"ic": judge, "variants": judge}
     judges |= dict.fromkeys(("ic_differences", "regimes", "stability"), judge_differences)
     return {name: judges[name](table) if name in judges else table for name, table in tables.items()}

@@ -25,6 +25,10 @@ _REACH = 3
 to pass their moves halve."""
 
 
+_BALLS = 2
+"""Reaches that are held besides the first: each has a copy of the rows that are left in it."""
+
+
 @dataclass(frozen=True)
 class Settled:
     """Settled rows of a day by their centre, and the rows that are not, in their order."""
@@ -83,10 +87,10 @@ class Settling:
         return self._balls[-1].days if self._balls else {}
 
     def follow(self, centroids: np.ndarray) -> float:
-        """Ready it for a pass from these centres; gives the reach for which days shall be settled, 0 for a
-        plain pass over those that are not.
+        """Ready it for a pass from these centres; gives the reach for which days that are not settled shall
+        be, 0 for a plain pass over them.
 
-        Days that could not be settled for a reach are not asked again, unless a far smaller one will do.
+        Days that could not be settled for a reach are not asked again until a far smaller one will do.
         """
         latest, self._latest = self._latest, centroids
         reach = self._first if latest is None else _REACH * furthest_move(centroids, latest)
@@ -97,12 +101,12 @@ class Settling:
                 return 0.0
             if self.days:
                 # A ball that reached out of the one before would ask days anew where it need not.
-                if reach <= self._balls[-1].reach - furthest_move(centroids, self._balls[-1].centroids):
-                    days = {
-                        at: day.settled_more(self._bounds, centroids, reach) for at, day in self.days.items()
-                    }
-                    self._balls.append(_Ball(centroids, reach, days))
-                return 0.0
+                if reach > self._balls[-1].reach - furthest_move(centroids, self._balls[-1].centroids):
+                    return 0.0
+                days = {at: day.settled_more(self._bounds, centroids, reach) for at, day in self.days.items()}
+                self._balls.append(_Ball(centroids, reach, days))
+                del self._balls[1:-_BALLS]
+                return reach
         self._balls = [_Ball(centroids, reach, {})]
         return reach
 

@@ -133,8 +133,15 @@ class _Outcomes(Generic[Result]):
                 f"{self.stage}: a task found no memory ({error or 'none left'}); "
                 "give its worker more memory or fewer threads"
             )
-        except _OWN_FAULTS as error:
+        except (LakeError, WorkerLostError) as error:
             self.failed[index] = error
+
+    def without_lost(self, items: Sequence[int]) -> list[int]:
+        """Those of the items that were lost, now without an outcome."""
+        lost = [index for index in items if isinstance(self.failed.get(index), WorkerLostError)]
+        for index in lost:
+            del self.failed[index]
+        return lost
 
     @property
     def done(self) -> int:
@@ -191,17 +198,25 @@ class _Threads:
 # ---- Dask -------------------------------------------------------------------------------------------
 
 
-def joined(items: Sequence[Item], at_once: int) -> list[Sequence[Item]]:
+def joined(items: Sequence[Item], at_once: int) -> list[list[Item]]:
     """Items as they go to the workers, several in a task: many at first, one by one at last.
 
     The scheduler takes milliseconds for a task, however short.  A task has half of what is left for each of
-    `at_once` at most (guided self-scheduling: Polychronopoulos, Kuck 1987, IEEE ToC 36, 1425-1439).
+    `at_once` at most (guided self-scheduling: Polychronopoulos, Kuck 1987, IEEE ToC 36, 1425-1439).  Items
+    are dealt out like cards: those that follow each other, such as the days of the largest symbol, are apart.
     """
-    parts, at = [], 0
-    while at < len(items):
-        size = max(1, min(_MOST_JOINED, (len(items) - at) // (2 * at_once)))
-        parts.append(items[at : at + size])
-        at += size
+    sizes, left = list[int](), len(items)
+    while left:
+        sizes.append(max(1, min(_MOST_JOINED, left // (2 * at_once))))
+        left -= sizes[-1]
+    parts: list[list[Item]] = [[] for _ in sizes]
+    at = 0
+    for turn in range(max(sizes, default=0)):
+        for part, size in zip(parts, sizes, strict=True):
+            if turn >= size:
+                break  # sizes only fall
+            part.append(items[at])
+            at += 1
     return parts
 
 
@@ -254,8 +269,9 @@ class _Dask:
         with self._scheduler_watched(self.client):
             lost = self._compute(outcomes, function, dict(enumerate(items)), home)
             # Items that share a task or a worker share its end: alone, only who is at fault fails.
-            for index in lost:
-                self._compute(outcomes, function, {index: items[index]}, home)
+            lost = self._compute(outcomes, function, {at: items[at] for at in lost}, home, most=1)
+            for at in lost:
+                self._compute(outcomes, function, {at: items[at]}, home)
         return outcomes.in_order()
 
     def _compute(
@@ -264,41 +280,45 @@ class _Dask:
         function: Callable[[Item], Result],
         items: Mapping[int, Item],
         home: Home,
+        most: int = _MOST_JOINED,
     ) -> list[int]:
-        """Add the outcomes of some items of a stage, given by their index; gives those lost in company."""
+        """Add the outcomes of some items of a stage, given by their index, `most` to a task.
+
+        Gives those lost in company, which then are still without an outcome.
+        """
         from distributed import as_completed
 
         client, stage, lost = self.client, outcomes.stage, list[int]()
-        waiting = self._submitted(stage, function, items, home)
+        waiting = self._submitted(stage, function, items, home, most)
         try:
             for future in as_completed(waiting, loop=client.loop):
-                joined = waiting.pop(future)
-                given = self._given(stage, future, [home(items[index]) for index in joined], len(joined))
-                for index, one in zip(joined, given, strict=True):
+                part = waiting.pop(future)
+                given = self._answers(stage, future, [home(items[index]) for index in part])
+                for index, one in zip(part, given, strict=True):
                     outcomes.add(index, one)
-                if len(joined) > 1 or self.place.threads_per_worker > 1:
-                    lost += [index for index in joined if index in outcomes.failed]
+                if len(part) > 1 or (self.place.threads_per_worker > 1 and len(items) > 1):
+                    lost += outcomes.without_lost(part)
                 # What has been fetched is let go, or Dask would compute it again for a lost worker.
                 future.release()
                 self.progress(stage, outcomes.done, outcomes.n_items)
         finally:
             if client.status == "running":
                 client.cancel(list(waiting), force=True)
-        return [index for index in lost if isinstance(outcomes.failed[index], WorkerLostError)]
+        return lost
 
     def _submitted(
-        self, stage: str, function: Callable[[Item], Any], items: Mapping[int, Item], home: Home
-    ) -> dict[Any, Sequence[int]]:
+        self, stage: str, function: Callable[[Item], Any], items: Mapping[int, Item], home: Home, most: int
+    ) -> dict[Any, list[int]]:
         """Futures of joined items, by their indices; those whose home has a worker are sent there if it is
         still alive."""
         task, groups = _Task(function, environment()), dict[str | None, list[int]]()
         for index, item in items.items():
             groups.setdefault(self._homes.get(home(item) or ""), []).append(index)
-        waiting: dict[Any, Sequence[int]] = {}
+        waiting: dict[Any, list[int]] = {}
         for address, group in groups.items():
             where = {} if address is None else {"workers": [address], "allow_other_workers": True}
             at_once = self._at_once if address is None else self.place.threads_per_worker
-            parts = joined(group, at_once)
+            parts = joined(group, at_once) if most > 1 else [[index] for index in group]
             held = [[items[index] for index in part] for part in parts]
             futures = self.client.map(task, held, pure=False, key=stage.replace(" ", "-"), **where)
             waiting |= zip(futures, parts, strict=True)
@@ -311,9 +331,7 @@ class _Dask:
             return self.place.workers[1] * self.place.threads_per_worker
         return max(1, sum(self.client.nthreads().values()))
 
-    def _given(
-        self, stage: str, future: Any, homes: Sequence[str | None], n_items: int
-    ) -> Sequence[Callable[[], Any]]:
+    def _answers(self, stage: str, future: Any, homes: Sequence[str | None]) -> Sequence[Callable[[], Any]]:
         """What a finished task gave for each of its items, to be called; WorkerLostError for each where the
         task took all its workers down."""
         from distributed.scheduler import KilledWorker
@@ -325,7 +343,7 @@ class _Dask:
                 f"{stage}: the worker of a task died {error.allowed_failures + 1} times; "
                 "its memory limit may be too small"
             )
-            return [_Fault(lost)] * n_items
+            return [_Fault(lost)] * len(homes)
         self._homes |= {home: worker for home in homes if home is not None}
         return given
 
@@ -336,10 +354,9 @@ class _Dask:
         from dask import array
         from dask.delayed import delayed
 
-        task, alone = _Task(rows, environment()), [[item] for item in items]
+        task = _Task(rows, environment())
         with self._scheduler_watched(self.client):
-            parts = [delayed(_only)(future) for future in self.client.map(task, alone, pure=False)]
-            parts = self.client.persist(parts)
+            parts = self.client.map(task.alone, items, pure=False)
             lengths = self.client.gather(self.client.compute([delayed(len)(part) for part in parts]))
             blocks = [
                 array.from_delayed(part, (length, centroids.shape[1]), np.float32)
@@ -374,11 +391,6 @@ class _Dask:
                 f"the Dask scheduler at {address} was lost; finished days are kept: "
                 "give the same command again"
             ) from None
-
-
-def _only(answer: tuple[str, Sequence[Callable[[], Any]]]) -> Any:
-    """The result of a task of one item."""
-    return answer[1][0]()
 
 
 def _start(running: ExitStack, place: DaskPlace) -> Any:
@@ -575,17 +587,28 @@ class _Task(Generic[Item, Result]):
 
         An error that is not the item's own fault is raised at once.
         """
+        address = self._checked()
+        return address, [self._given(item) for item in items]
+
+    def alone(self, item: Item) -> Result:
+        """What the function gives for one item, to stay with the worker."""
+        self._checked()
+        return self.function(item)
+
+    def _checked(self) -> str:
         from distributed import get_worker
 
         address: str = get_worker().address
         if self.environment != environment():
             _require_same(f"worker {address}", self.environment, environment())
-        return address, [self._given(item) for item in items]
+        return address
 
     def _given(self, item: Item) -> Callable[[], Result]:
         try:
             return _Result(self.function(item))
         except _OWN_FAULTS as error:
+            # With its traceback it would hold the arrays of a whole day while the next items are computed.
+            error.__traceback__ = error.__context__ = error.__cause__ = None
             return _Fault(error)
 
 

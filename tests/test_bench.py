@@ -228,7 +228,7 @@ def test_simulate__more_workers_hardly_ever_take_longer(overheads: dict[str, flo
     """Tasks are joined otherwise for other numbers of workers, so that it may be a little."""
     spans = [scale.simulate(stages(), n, scale.Overheads(**overheads)).makespan for n in range(1, 400, 3)]
     best = list(itertools.accumulate(spans, min))
-    assert all(span <= 1.01 * least for span, least in zip(spans, best, strict=True))
+    assert all(span <= 1.05 * least for span, least in zip(spans, best, strict=True))
 
 
 def test_simulate__the_scheduler_takes_joined_tasks() -> None:
@@ -237,6 +237,13 @@ def test_simulate__the_scheduler_takes_joined_tasks() -> None:
     assert outcome.scheduler == pytest.approx(10_000 * 0.001 + len(joined(range(10_000), 4)) * 0.01)
     assert outcome.scheduler < 10_000 * 0.002
     assert outcome.makespan == pytest.approx(2500, rel=0.01)
+
+
+def test_simulate__joined_tasks_share_out_the_days_of_a_large_symbol() -> None:
+    """Of fifty symbols, the largest of which has fifty times the trades of the smallest."""
+    stage = [scale.Stage("a", np.repeat(10.0 / np.arange(1, 51), 365))]
+    joined_ = scale.simulate(stage, 256, scale.Overheads(task_s=1e-9)).makespan
+    assert joined_ < 1.2 * stage[0].seconds.sum() / 256
 
 
 def test_simulate__is_bounded_by_scheduler_client_and_storage() -> None:

@@ -82,7 +82,6 @@ def test_settling__follows_centres_wherever_they_go(steps: list[float], first: f
         centroids = centroids + step * rng.normal(size=(3, 6))
         reach = held.follow(centroids)
         if held.days:
-            assert reach == 0.0
             got = held.days[0].partial(bounds, centroids)
         else:
             got = held.add(0, settling.passed(z, bounds, centroids, reach, 200), centroids)
@@ -100,6 +99,27 @@ def test_settling__fewer_rows_are_left_the_nearer_the_centres_come() -> None:
         left.append(held.days[0].left.shape[1])
     assert left[0] > left[1] > left[2] > left[3] >= 0
     assert left[4] == left[0]
+
+
+def test_settling__a_day_that_would_not_settle_is_asked_again_for_a_far_smaller_reach() -> None:
+    """Though another day has settled for the first one, and goes on to do so."""
+    easy, hard, bounds = rows(4000, 1), rows(4000, 2), Bounds.none()
+    hard[:, ::2] = 0.01 * hard[:, ::2]  # half-way between the centres
+    centroids = np.array([[-2.0] * 6, [2.0] * 6])
+    held, asked = Settling(bounds, 0.5), []
+    for offset in (0.0, 0.01, 0.011, 0.0111):
+        moved = centroids + offset
+        reach = held.follow(moved)
+        for at, z in enumerate((easy, hard)):
+            if at in held.days:
+                got = held.days[at].partial(bounds, moved)
+            else:
+                asked.append((at, reach > 0))
+                got = held.add(at, settling.passed(z, bounds, moved, reach, 1500), moved)
+            assert_same(got, clustering.partial(z, bounds, moved))
+    assert asked[:2] == [(0, True), (1, True)]
+    assert set(asked[2:]) == {(1, True)}
+    assert set(held.days) == {0, 1}
 
 
 class Stages:

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from distributed.security import Security
 from hypothesis import given, settings
@@ -24,7 +26,7 @@ from hypothesis import strategies as st
 import clusterlob_gpu
 from clusterlob_gpu.errors import ClusterlobError, InputError, LakeError, TasksFailed, WorkerLostError
 from clusterlob_gpu.places import ConnectPlace, LocalPlace
-from clusterlob_gpu.workers import Place, Workers, joined, open_workers
+from clusterlob_gpu.workers import Place, Workers, _Task, joined, open_workers
 
 PACKAGE = Path(clusterlob_gpu.__file__).parent
 
@@ -35,6 +37,13 @@ def slow_square(x: int) -> int:
     """The first items take longest: results arrive in another order than they are asked for."""
     time.sleep(0.02 * (3 - x % 4))
     return x * x
+
+
+def die_at_some(x: int) -> int:
+    if x in (7, 23, 30):
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.02)
+    return x
 
 
 def fail_at_five(x: int) -> int:
@@ -126,9 +135,9 @@ def test_map__many_items_share_a_task_and_none_its_fault(opened: tuple[Workers, 
 
 @settings(max_examples=100)
 @given(n=st.integers(0, 3000), at_once=st.integers(1, 300))
-def test_joined__in_order_many_at_first_and_one_by_one_at_last(n: int, at_once: int) -> None:
+def test_joined__all_once_many_at_first_and_one_by_one_at_last(n: int, at_once: int) -> None:
     parts = joined(range(n), at_once)
-    assert [item for part in parts for item in part] == list(range(n))
+    assert sorted(item for part in parts for item in part) == list(range(n))
     sizes = [len(part) for part in parts]
     assert sizes == sorted(sizes, reverse=True)
     left = n
@@ -136,6 +145,30 @@ def test_joined__in_order_many_at_first_and_one_by_one_at_last(n: int, at_once: 
         assert 1 <= size <= max(1, min(32, left / (2 * at_once)))
         left -= size
     assert sizes[-2 * at_once :] == [1] * min(n, 2 * at_once)
+
+
+def test_joined__neighbours_are_apart() -> None:
+    """The days of the largest symbol, which come first, are not one worker's."""
+    for part in joined(range(20_000), 64):
+        assert sum(item < 365 for item in part) <= 1
+
+
+def test_task__an_error_holds_nothing_of_its_item() -> None:
+    """While the next items of a joined task are computed."""
+    held: list[weakref.ref[np.ndarray]] = []
+
+    def broken(_: int) -> None:
+        day = np.zeros(1000)
+        held.append(weakref.ref(day))
+        try:
+            raise ValueError
+        except ValueError as error:
+            raise LakeError("broken") from error
+
+    given = _Task(broken, {})._given(1)
+    assert held[0]() is None
+    with pytest.raises(LakeError, match="broken"):
+        given()
 
 
 def test_map__any_other_error_is_raised_at_once(opened: tuple[Workers, Told]) -> None:
@@ -249,6 +282,20 @@ def test_local__a_task_that_kills_its_workers_fails_alone(threads: int, n_items:
     assert isinstance(caught.value.failed[3], WorkerLostError)
     assert str(caught.value) == "days: the worker of a task died 2 times; its memory limit may be too small"
     assert caught.value.exit_code == 1
+
+
+def test_local__what_shares_a_task_with_killers_is_done_once_more_and_well() -> None:
+    """Of 40 items of two workers up to ten share a task."""
+    told: Told = []
+    place = LocalPlace(n_workers=2, allowed_failures=0)
+    with (
+        open_workers(place, lambda *what: told.append(what)) as workers,
+        pytest.raises(TasksFailed) as caught,
+    ):
+        workers.map("days", die_at_some, range(40))
+    assert list(caught.value.failed) == [7, 23, 30]
+    # Whose outcome is not known yet does not count as done.
+    assert [done for _, done, _ in told].count(40) == 1
 
 
 DRIVER = """

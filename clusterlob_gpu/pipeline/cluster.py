@@ -61,7 +61,6 @@ class ClusterExperiment:
             raise problems[0]
         with work.clock.stage("evaluate"):
             tables = trials.tables_of(parts, work.stages)
-            work.stages.end_of_plan()
             tables["ic"] = _judged(request, tables["ic"])
         if work.folder is not None:
             last = [part.models[part.fitted[-1].id] for part in parts]
@@ -74,7 +73,7 @@ class ClusterExperiment:
         return Outcome(tables, summary, _headline(tables["ic"]))
 
     def expected(self, request: ClusterRequest, runs: Sequence[ClusterRun]) -> dict[str, int]:
-        """Every day of the range is reduced, given features and labelled; every window is fitted."""
+        """Every day is reduced, given features and labelled; every window is fitted; a symbol has tables."""
         count = sum(len(run.wanted) for run in runs)
         found = {"book": count, "tail": count, "features": count}
         if request.models is None:

@@ -45,7 +45,6 @@ class FlowExperiment:
         plain = _trade_bars(runs, request, work.stages) if request.config.unit == "order" else {}
         with work.clock.stage("evaluate"):
             tables = trials.tables_of(parts, work.stages)
-            work.stages.end_of_plan()
             tables = flow_evaluation.judge_tables(tables)
         bars = tables["features"]
         summary = {
@@ -60,7 +59,7 @@ class FlowExperiment:
         return Outcome(tables, summary, _headline(tables["ic"]), seen)
 
     def expected(self, _: FlowRequest, runs: Sequence[FlowRun]) -> dict[str, int]:
-        """Every day of the range is reduced and cut into bars."""
+        """Every day of the range is reduced and cut into bars; a symbol has tables."""
         count = sum(len(run.wanted) for run in runs)
         return {"book": count, "trades": count, "bars": count, "states": count, "tables": len(runs)}
 

@@ -248,13 +248,13 @@ def without_bad_days(
 
 def execute(request: RunRequest[RunConfig], experiment: Experiment[Any], workers: Workers) -> Path:
     """Check, compute, write, draw and publish a run, and add it to the ledger; gives the output folder."""
+    clock = Clock()
     bad: Bad = {}
     checked = [without_bad_days(request, lambda bad: experiment.check(request, bad), bad)]
     if request.keep_current and is_current(request.out, request.identity, request.lake, request.exchange):
         return request.out
     store = Store(request.artefacts)
     store.check_writable()
-    clock = Clock()
     with RunDirectory(request.out, request.identity) as directory, watching(workers, directory):
         try:
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from clusterlob_gpu import flow_evaluation
 from clusterlob_gpu.days import symbol_folder
-from clusterlob_gpu.errors import ClusterlobError
+from clusterlob_gpu.errors import ClusterlobError, TasksFailed
 from clusterlob_gpu.pipeline import flow_parts, parts
 from clusterlob_gpu.pipeline.flow_parts import FlowPart
 from clusterlob_gpu.pipeline.parts import Part
@@ -49,9 +49,13 @@ class Evaluated:
 def tables_of(made: Sequence[Part | FlowPart], stages: Stages) -> dict[str, pd.DataFrame]:
     """Result tables of all symbols by name, by the order of their names, each corrected alone."""
     ordered = sorted(made, key=lambda part: part.symbol)
-    found = [
-        tables.read(stages.store) for tables in stages.make("tables", tables_artefact, make_tables, ordered)
-    ]
+    try:
+        kept = stages.make("tables", tables_artefact, make_tables, ordered)
+    except TasksFailed as failure:
+        number, error = next(iter(failure.failed.items()))
+        raise ClusterlobError(f"{ordered[number].symbol}: {error}") from None
+    stages.end_of_plan()
+    found = [tables.read(stages.store) for tables in kept]
     return {name: pd.concat([tables[name] for tables in found], ignore_index=True) for name in found[0]}
 
 
