@@ -59,6 +59,8 @@ SAME_TEST = ("experiment", "symbol", "cluster", "signal", "target", "n", "ic", "
 """Columns by which one test of a sweep is known from another: equal in all, they are one measurement."""
 _LONG_BLOCK = 8
 """Rows of a block from which on it is faster to add up the blocks of a draw than to multiply."""
+_MOMENTS_AT_ONCE = 1 << 21
+"""Moments of all buckets that are resampled at a time: memory does not grow with signals and years."""
 _DRAWS_AT_ONCE = 64
 
 
@@ -265,11 +267,16 @@ def bootstrap_ics(pairs: Sequence[Pair], block: int, draws: int, seed: int) -> F
 
     A correlation needs six sums: of 1, x, y, xx, yy and xy.
     """
-    used = np.column_stack([pair.used for pair in pairs]).astype(np.float64)
-    x = np.column_stack([pair.x for pair in pairs])
-    y = np.column_stack([pair.y for pair in pairs])
-    total = block_resamples(np.hstack([used, x, y, x * x, y * y, x * y]), block, draws, seed)
-    return _correlation(total.reshape(draws, 6, len(pairs)))
+    ics = np.empty((draws, len(pairs)))
+    at_once = max(1, _MOMENTS_AT_ONCE // (6 * max(1, len(pairs[0].x))))
+    for first in range(0, len(pairs), at_once):
+        some = pairs[first : first + at_once]
+        used = np.column_stack([pair.used for pair in some]).astype(np.float64)
+        x = np.column_stack([pair.x for pair in some])
+        y = np.column_stack([pair.y for pair in some])
+        total = block_resamples(np.hstack([used, x, y, x * x, y * y, x * y]), block, draws, seed)
+        ics[:, first : first + len(some)] = _correlation(total.reshape(draws, 6, len(some)))
+    return ics
 
 
 def _correlation(total: Floats) -> Floats:

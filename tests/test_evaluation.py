@@ -148,8 +148,11 @@ def test_hac__matches_statsmodels_without_nulls() -> None:
     assert got["mde"] == pytest.approx((1.959964 + 0.841621) * fit.bse[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("at_once", [1, 1 << 21])
 @pytest.mark.parametrize("block", [1, 7, 40])
-def test_bootstrap__matches_brute_force(block: int) -> None:
+def test_bootstrap__matches_brute_force(monkeypatch: pytest.MonkeyPatch, block: int, at_once: int) -> None:
+    """However many signals are resampled at a time: all on the same blocks."""
+    monkeypatch.setattr(ev, "_MOMENTS_AT_ONCE", at_once)
     x, y = with_nulls(np.random.default_rng(4), 120)
     pairs = [ev.pair_of(x, y), ev.pair_of(-(y**3), y)]
     got = ev.bootstrap_ics(pairs, block, 100, seed=5)
