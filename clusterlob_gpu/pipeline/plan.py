@@ -14,6 +14,7 @@ from typing import Any
 from clusterlob_gpu.config import ClusterConfig, FlowConfig, RunConfig
 from clusterlob_gpu.pipeline.run import Bad, Clock, Experiment, RunRequest, SymbolRun, Work, without_bad_days
 from clusterlob_gpu.pipeline.stages import PlanEnds, Stages, Tally
+from clusterlob_gpu.schema import US_PER_DAY
 from clusterlob_gpu.store import Store
 from clusterlob_gpu.workers import Workers
 
@@ -21,6 +22,8 @@ BYTES_PER_TRADE = {ClusterConfig: 150, FlowConfig: 50}
 """Peak memory of a task per trade of its day, as `scripts/bench_memory` measures it."""
 BYTES_PER_BOOK_ROW = 200
 """The same per book row."""
+BYTES_PER_BUCKET = 9_000
+"""Peak memory of the task that makes a symbol's tables, per bucket or bar of the range."""
 BASE_BYTES = 340 << 20
 """Memory of a worker that has done nothing but import and compile."""
 
@@ -38,6 +41,8 @@ class SymbolPlan:
     """Bytes of the lake's trades and books of these days."""
     largest: tuple[date, int]
     """The day that takes most memory, and how much (bytes) one task on it takes."""
+    tables: int
+    """Bytes that the task takes which makes the tables of all days."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Bytes that one task on the largest day takes, beside BASE_BYTES of its worker."""
-        return max(symbol.largest[1] for symbol in self.symbols)
+        """Bytes that the largest task takes, beside BASE_BYTES of its worker."""
+        return max(max(symbol.largest[1], symbol.tables) for symbol in self.symbols)
 
 
 def plan_run(request: RunRequest[RunConfig], experiment: Experiment[Any], workers: Workers) -> Plan:
@@ -110,4 +115,13 @@ def _symbol_plan(run: SymbolRun, config: RunConfig) -> SymbolPlan:
         book_rows=sum(book[0] for _, book in sizes.values()),
         size=sum(trades[1] + book[1] for trades, book in sizes.values()),
         largest=(largest, memory[largest]),
+        tables=len(run.wanted) * (US_PER_DAY // _width(config)) * BYTES_PER_BUCKET,
     )
+
+
+def _width(config: RunConfig) -> int:
+    """Length (us) of a bucket or bar."""
+    if isinstance(config, FlowConfig):
+        return config.bar
+    assert isinstance(config, ClusterConfig)
+    return config.bucket
