@@ -72,7 +72,7 @@ def _artefact_table(made: Mapping[str, Mapping[str, Any]]) -> Table:
         ]
         for name, held in made.items()
     ]
-    return table("artefacts of days", ["stage", "reused", "made", "size", "made because"], rows)
+    return table("artefacts", ["stage", "reused", "made", "size", "made because"], rows)
 
 
 def _because(why: Mapping[str, int]) -> str:
@@ -102,7 +102,7 @@ def plan_tables(plan: Plan) -> list[Table]:
         else [stage.stage, "not known yet", f"up to {stage.missing:,}", ""]
         for stage in plan.stages
     ]
-    tables.append(table("artefacts of days", ["stage", "there", "to be made", "because"], stages))
+    tables.append(table("artefacts", ["stage", "there", "to be made", "because"], stages))
     if plan.left_out:
         tables.append(table("days left out", ["day"], [[text] for text in plan.left_out]))
     return tables
