@@ -370,11 +370,11 @@ ON_THE_GRID = (0, 0, 0, 1, 500_000)
 
 
 @st.composite
-def markets(draw: st.DrawFn, max_days: int = 3, max_rows: int = 40) -> Market:
+def markets(draw: st.DrawFn, max_days: int = 3, max_rows: int = 40, gaps: bool = True) -> Market:
     """A small market of 1 to `max_days` days, with up to 3 `max_rows` trades and book rows a day.
 
     It mixes ties, unknown sides, broken and still books, days without trades or books, ticks and lots
-    that change anywhere, and another instrument in the same files.
+    that change anywhere, and another instrument in the same files.  Without `gaps` no day goes without.
     """
     rng = random.Random(draw(st.integers(0, 2**32 - 1)))
     habits = draw(HABITS)
@@ -386,7 +386,7 @@ def markets(draw: st.DrawFn, max_days: int = 3, max_rows: int = 40) -> Market:
             times = _segment(at(day), segment, habits, rng)
             trades += _random_trades(times(n_trades), habits, rng)
             books += _random_books(times(n_books), habits, rng)
-    gap = draw(st.sampled_from(["none", "trades", "books", "both"]))
+    gap = draw(st.sampled_from(["none", "trades", "books", "both"])) if gaps else "none"
     gone = draw(st.integers(0, days - 1))
     market = Market(
         trades if gap in ("none", "books") else [row for row in trades if row.ts // DAY != at(gone) // DAY],

@@ -81,7 +81,7 @@ def test_own_tail__reads_few_rows(tmp_path: Path) -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(market=lakes.markets(max_days=1), rows=st.integers(1, 30))
+@given(market=lakes.markets(max_days=1, gaps=False), rows=st.integers(1, 30))
 def test_make_features__in_stretches_as_at_once(market: lakes.Market, rows: int) -> None:
     """However many trades are read at a time: scores, counts and drops."""
     with TemporaryDirectory() as folder:
