@@ -198,8 +198,8 @@ class _Threads:
 # ---- Dask -------------------------------------------------------------------------------------------
 
 
-def joined(items: Sequence[Item], at_once: int) -> list[list[Item]]:
-    """Items as they go to the workers, several in a task: many at first, one by one at last.
+def joined(items: Sequence[Item], at_once: int, most: int = _MOST_JOINED) -> list[list[Item]]:
+    """Items as they go to the workers, up to `most` in a task: many at first, one by one at last.
 
     The scheduler takes milliseconds for a task, however short.  A task has half of what is left for each of
     `at_once` at most (guided self-scheduling: Polychronopoulos, Kuck 1987, IEEE ToC 36, 1425-1439).  Items
@@ -207,7 +207,7 @@ def joined(items: Sequence[Item], at_once: int) -> list[list[Item]]:
     """
     sizes, left = list[int](), len(items)
     while left:
-        sizes.append(max(1, min(_MOST_JOINED, left // (2 * at_once))))
+        sizes.append(max(1, min(most, left // (2 * at_once))))
         left -= sizes[-1]
     parts: list[list[Item]] = [[] for _ in sizes]
     at = 0
@@ -318,7 +318,7 @@ class _Dask:
         for address, group in groups.items():
             where = {} if address is None else {"workers": [address], "allow_other_workers": True}
             at_once = self._at_once if address is None else self.place.threads_per_worker
-            parts = joined(group, at_once) if most > 1 else [[index] for index in group]
+            parts = joined(group, at_once, most)
             held = [[items[index] for index in part] for part in parts]
             futures = self.client.map(task, held, pure=False, key=stage.replace(" ", "-"), **where)
             waiting |= zip(futures, parts, strict=True)
