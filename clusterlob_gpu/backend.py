@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import pandas as pd
 
 from clusterlob_gpu import flow_kernels, kernels
 from clusterlob_gpu.errors import InputError
@@ -36,13 +35,11 @@ log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """Arrays, tables and passes of one machine."""
+    """Arrays and passes of one machine."""
 
     name: Name
     xp: Any
     """numpy or cupy."""
-    tables: Any
-    """pandas or cudf."""
     kernels: Any
     """`kernels` or `device_kernels`."""
     flow_kernels: Any
@@ -53,10 +50,6 @@ class Backend(Protocol):
     """Trades of a day whose features are held at once, a multiple of 4096."""
     rows_read: int | None
     """Trades of a day that are read at once; None: all of them."""
-
-    def array(self, column: Any) -> Any:
-        """Array of a table's column without nulls."""
-        ...
 
     def to_host(self, array: Any) -> np.ndarray:
         """NumPy array of an array."""
@@ -91,16 +84,11 @@ class _Cpu:
 
     name: Name = "cpu"
     xp: Any = np
-    tables: Any = pd
     kernels: Any = kernels
     flow_kernels: Any = flow_kernels
     decode: Any = decode
     rows_at_once: int = 1 << 17
     rows_read: int | None = 1 << 16
-
-    def array(self, column: Any) -> np.ndarray:
-        values: np.ndarray = column.to_numpy()
-        return values
 
     def to_host(self, array: np.ndarray) -> np.ndarray:
         return array
@@ -151,7 +139,6 @@ class _Gpu:
     """
 
     xp: Any
-    tables: Any
     kernels: Any
     flow_kernels: Any
     decode: Any
@@ -159,9 +146,6 @@ class _Gpu:
     rows_at_once: int = 1 << 22
     rows_read: int | None = None
     _held: OrderedDict[str, Columns] = field(default_factory=OrderedDict)
-
-    def array(self, column: Any) -> Any:
-        return column.values  # noqa: PD011 - shares the memory of the column
 
     def to_host(self, array: Any) -> np.ndarray:
         host: np.ndarray = self.xp.asnumpy(array)
@@ -226,14 +210,14 @@ def _gpu() -> Backend:
     missing = _why_no_gpu()
     if missing is not None:
         raise InputError(f"the gpu backend: {missing}; install it, or use --backend cpu")
-    cudf, cupy, rmm = (import_module(name) for name in ("cudf", "cupy", "rmm"))
+    cupy, rmm = (import_module(name) for name in ("cupy", "rmm"))
     if type(rmm.mr.get_current_device_resource()) is rmm.mr.CudaMemoryResource:
         # Nobody has set up a pool: the driver's own spares a call of cudaMalloc for every array.
         rmm.mr.set_current_device_resource(rmm.mr.CudaAsyncMemoryResource())
     cupy.cuda.set_allocator(import_module("rmm.allocators.cupy").rmm_cupy_allocator)
     names = ("device_kernels", "device_flow_kernels", "lake.device_decode")
     rooms: list[Any] = [import_module(f"clusterlob_gpu.{name}") for name in names]
-    return _Gpu(cupy, cudf, *rooms)
+    return _Gpu(cupy, *rooms)
 
 
 def choose(asked: str, gpus: bool | None = None) -> Name:

@@ -36,11 +36,11 @@ from clusterlob_gpu.days import (
     FeatureTask,
     Meetings,
     State,
-    book_rows,
     day_context,
     day_pieces,
     day_scores,
     feature_artefact,
+    first_rows,
     with_room,
 )
 from clusterlob_gpu.errors import ClusterlobError, InputError
@@ -427,9 +427,9 @@ def _mids(task: LabelJob, around: Context) -> Mids:
     stop = day_start_us(job.day) + US_PER_DAY
     if task.next_book is None:
         return Mids(around.ts, around.mid2, stop)
-    soon = book_rows(job, task.next_book, until=stop + max(returns.MARKOUTS_US))
-    ts, bid, ask = (on.array(soon[name]) for name in ("ts", "bid", "ask"))
-    book_ts, mid2 = on.xp.concatenate([around.ts, ts]), on.xp.concatenate([around.mid2, bid + ask])
+    soon = first_rows(job, task.next_book, ("ts", "bid", "ask"), stop + max(returns.MARKOUTS_US))
+    book_ts = on.xp.concatenate([around.ts, soon["ts"]])
+    mid2 = on.xp.concatenate([around.mid2, soon["bid"] + soon["ask"]])
     return Mids(book_ts, mid2, stop + US_PER_DAY)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from clusterlob_gpu import kernels
-from clusterlob_gpu.backend import CPU, Backend
+from clusterlob_gpu.backend import CPU, Backend, Columns
 from clusterlob_gpu.kernels import NO_TIME
 from clusterlob_gpu.lake.symbols import decode
 from clusterlob_gpu.schema import BookRows, Context
@@ -27,12 +27,11 @@ FAULTS = {kernels.EMPTY_SIDE: "empty_side", kernels.NON_POSITIVE: "non_positive"
 ROW_COLUMNS = ("ts", "bid", "ask", "bid_sz", "ask_sz", "bid_depth", "ask_depth", "tick")
 
 
-def valid_rows(rows: BookRows, on: Backend = CPU) -> tuple[Any, dict[str, int]]:
+def valid_rows(rows: BookRows, on: Backend = CPU) -> tuple[Columns, dict[str, int]]:
     """Valid book rows as flat columns, and how many were skipped by reason.
 
     A row is skipped if a side is empty, if a price or size at level 1 is not positive, or if
-    bid >= ask.  Gives a table of the backend with the columns `ROW_COLUMNS` (int64, tick float64) in the
-    order of the input.
+    bid >= ask.  Gives the columns `ROW_COLUMNS` (int64, tick float64) in the order of the input.
     """
     fault = on.xp.empty(len(rows.ts), np.uint8)
     on.kernels.book_fault(rows.bid, rows.ask, rows.bid_sz, rows.ask_sz, fault)
@@ -42,7 +41,7 @@ def valid_rows(rows: BookRows, on: Backend = CPU) -> tuple[Any, dict[str, int]]:
     if counts[0] < len(fault):
         keep = fault == 0
         columns = {name: values[keep] for name, values in columns.items()}
-    return on.tables.DataFrame(columns, copy=False), skipped
+    return columns, skipped
 
 
 @dataclass(frozen=True)
@@ -90,18 +89,18 @@ class BookSummary:
         return cls(**record)
 
 
-def summarise(rows: Any, on: Backend = CPU) -> BookSummary:
+def summarise(rows: Columns, on: Backend = CPU) -> BookSummary:
     """Summary of a day's valid rows."""
-    if len(rows) == 0:
+    if len(rows["ts"]) == 0:
         return BookSummary(None, None, NO_TIME, NO_TIME, NO_TIME)
-    mid, bid, ask = change_times(rows, None, on)
+    mid, bid, ask = change_times(rows, rows["bid"] + rows["ask"], None, on)
     first, last = (_row(rows, at) for at in (0, -1))
     return BookSummary(first, last, int(mid[-1]), int(bid[-1]), int(ask[-1]))
 
 
-def _row(rows: Any, at: int) -> dict[str, Any]:
-    """One row as plain values, column by column: a row of a mixed frame would turn integers to floats."""
-    values = {name: rows[name].iloc[at] for name in ROW_COLUMNS}
+def _row(rows: Columns, at: int) -> dict[str, Any]:
+    """One row as plain values."""
+    values = {name: rows[name][at] for name in ROW_COLUMNS}
     return {name: float(value) if name == "tick" else int(value) for name, value in values.items()}
 
 
@@ -128,45 +127,37 @@ def _changes(day: BookSummary, mid_change: int, bid_change: int, ask_change: int
     return {name: own[name] if own[name] != NO_TIME else before[name] for name in before}
 
 
-def with_carry(rows: Any, carry: BookCarry | None, on: Backend = CPU) -> Any:
-    """The day's valid rows, with the last row of the days before in front where there is one."""
-    if carry is None:
-        return rows
-    front = on.tables.DataFrame({name: [getattr(carry, name)] for name in ROW_COLUMNS})
-    return on.tables.concat([front, rows], ignore_index=True)
+def change_times(
+    rows: Columns, mid2: Any, carry: BookCarry | None, on: Backend = CPU
+) -> tuple[Any, Any, Any]:
+    """Times (us) of the last change of mid2 = bid + ask, best bid and best ask at every row of `rows`.
 
-
-def change_times(rows: Any, carry: BookCarry | None, on: Backend = CPU) -> tuple[Any, Any, Any]:
-    """Times (us) of the last change of mid, best bid and best ask at every row of `rows`.
-
-    `rows` is the result of `with_carry`.  A change compares integers with the row before; the mid
-    changes when bid + ask does.  NO_TIME before the first change.
+    The first row is that of the carry where there is one.  A change compares integers with the row
+    before.  NO_TIME before the first change.
     """
-    ts, bid, ask = (on.array(rows[name]) for name in ("ts", "bid", "ask"))
     known = (carry.mid_change, carry.bid_change, carry.ask_change) if carry else (NO_TIME,) * 3
     changes = []
-    for value, since in zip((bid + ask, bid, ask), known, strict=True):
-        out = on.xp.empty(len(ts), np.int64)
-        on.kernels.last_changes(ts, value, since, out)
+    for value, since in zip((mid2, rows["bid"], rows["ask"]), known, strict=True):
+        out = on.xp.empty(len(value), np.int64)
+        on.kernels.last_changes(rows["ts"], value, since, out)
         changes.append(out)
     return changes[0], changes[1], changes[2]
 
 
 def make_context(
-    rows: Any, carry: BookCarry | None, qty_unit: Fraction, spread: str, on: Backend = CPU
+    rows: Columns, carry: BookCarry | None, qty_unit: Fraction, spread: str, on: Backend = CPU
 ) -> Context:
-    """Context columns of a day from its valid rows and the state it starts from."""
-    rows = with_carry(rows, carry, on)
-    mid_change, bid_change, ask_change = change_times(rows, carry, on)
-    bid, ask = on.array(rows["bid"]), on.array(rows["ask"])
-    width = (ask - bid).astype(np.float64)
+    """Context columns of a day from the state it starts from, its row in front, and its valid rows."""
+    mid2 = rows["bid"] + rows["ask"]
+    mid_change, bid_change, ask_change = change_times(rows, mid2, carry, on)
+    width = (rows["ask"] - rows["bid"]).astype(np.float64)
     return Context(
-        ts=on.array(rows["ts"]),
-        mid2=bid + ask,
-        touch_qty=on.array(rows["bid_sz"]) + on.array(rows["ask_sz"]),
-        log_bid=on.xp.log1p(decode(on.array(rows["bid_depth"]), qty_unit)),
-        log_ask=on.xp.log1p(decode(on.array(rows["ask_depth"]), qty_unit)),
-        spread=width / on.array(rows["tick"]) if spread == "ticks" else 2e4 * width / (bid + ask),
+        ts=rows["ts"],
+        mid2=mid2,
+        touch_qty=rows["bid_sz"] + rows["ask_sz"],
+        log_bid=on.xp.log1p(decode(rows["bid_depth"], qty_unit)),
+        log_ask=on.xp.log1p(decode(rows["ask_depth"], qty_unit)),
+        spread=width / rows["tick"] if spread == "ticks" else 2e4 * width / mid2,
         mid_change=mid_change,
         bid_change=bid_change,
         ask_change=ask_change,

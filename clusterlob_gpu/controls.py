@@ -48,18 +48,18 @@ LARGE_D_OI = 2.0
 """d_oi_z beyond which, up or down, open interest moved much."""
 
 
-def book_at(times: np.ndarray, rows: pd.DataFrame, *, max_staleness: int, qty_unit: Fraction) -> pd.DataFrame:
-    """Book states at sorted `times` (us) that one day decides, from `context.with_carry` rows.
+def book_at(
+    times: np.ndarray, rows: Mapping[str, np.ndarray], *, max_staleness: int, qty_unit: Fraction
+) -> pd.DataFrame:
+    """Book states at sorted `times` (us) that one day decides, from columns of `context.ROW_COLUMNS`.
 
     mid2 = bid + ask (common price integers as float64), spread_bps = 1e4 (ask - bid) / mid, depth1 =
     bid_sz1 + ask_sz1 and depth5 = the same over the levels that the rows sum up (base units).  The last
     row strictly before the time counts; null where there is none or it is older than `max_staleness` us.
     """
-    ts = rows["ts"].to_numpy(np.int64)
-    row, known = _asof(times, ts, max_staleness)
+    row, known = _asof(times, rows["ts"], max_staleness)
     bid, ask, *sizes = (
-        rows[name].to_numpy(np.int64)[row[known]]
-        for name in ("bid", "ask", "bid_sz", "ask_sz", "bid_depth", "ask_depth")
+        rows[name][row[known]] for name in ("bid", "ask", "bid_sz", "ask_sz", "bid_depth", "ask_depth")
     )
     columns = {
         "mid2": (bid + ask).astype(np.float64),

@@ -189,7 +189,7 @@ def reduce_book(job: DayJob[RunConfig]) -> BookDay:
         _write_rows(rows, folder / "rows.parquet", job.on)
         job.require_unchanged(book, artefact)
         summary = context.summarise(rows, job.on).as_record()
-        return {"rows": len(rows), "skipped": skipped, "summary": summary}
+        return {"rows": len(rows["ts"]), "skipped": skipped, "summary": summary}
 
     return BookDay.of(job.day, with_room(job.on, lambda: Store(job.store).make(artefact, fill)))
 
@@ -199,10 +199,10 @@ _ROWS = pa.schema(
 )
 
 
-def _write_rows(rows: Any, path: Path, on: Backend) -> None:
+def _write_rows(rows: Columns, path: Path, on: Backend) -> None:
     """Write book rows from the host: nothing of trades, and a tenth of what was read."""
     pq.write_table(
-        pa.table([on.to_host(on.array(rows[name])) for name in _ROWS.names], _ROWS),
+        pa.table([on.to_host(rows[name]) for name in _ROWS.names], _ROWS),
         path,
         row_group_size=_BOOK_GROUP_ROWS,
         compression="none",  # packed deltas leave nothing to compress
@@ -212,20 +212,31 @@ def _write_rows(rows: Any, path: Path, on: Backend) -> None:
     )
 
 
-def book_rows(job: DayJob[RunConfig], book: BookDay | None, until: int | None = None) -> Any:
-    """A day's valid book rows, those before `until` (us) if it is given; none for a day without a book.
+def book_rows(
+    job: DayJob[RunConfig],
+    book: BookDay | None,
+    carry: BookCarry | None = None,
+    names: Sequence[str] = context.ROW_COLUMNS,
+) -> Columns:
+    """Columns of a day's valid book rows, none without a book, after the row that is carried into it."""
+    room = int(carry is not None)
+    if book is not None:
+        rows: Columns = job.on.decode.columns(_rows_path(job, book), None, names, room)
+    else:
+        rows = {name: job.on.xp.empty(room, _ROWS.field(name).type.to_pandas_dtype()) for name in names}
+    if carry is not None:
+        for name in names:
+            rows[name][0] = getattr(carry, name)
+    return rows
 
-    A table of the job's backend with the columns `context.ROW_COLUMNS`.
-    """
-    on = job.on
-    if book is None:
-        return on.tables.DataFrame({name: on.xp.empty(0, np.int64) for name in context.ROW_COLUMNS})
-    if until is None:
-        return on.decode.table(_rows_path(job, book), None)
+
+def first_rows(job: DayJob[RunConfig], book: BookDay, names: Sequence[str], until: int) -> Columns:
+    """Columns of the valid book rows before `until` (us) of a day."""
     # Without any, all: cuDF takes no empty list of row groups.
     groups = [at for at, ts in enumerate(_group_starts(job, book)) if ts < until] or None
-    rows = on.decode.table(_rows_path(job, book), groups)
-    return rows[rows["ts"] < until]
+    rows: Columns = job.on.decode.columns(_rows_path(job, book), groups, names, 0)
+    soon = rows["ts"] < until
+    return {name: values[soon] for name, values in rows.items()}
 
 
 def _rows_path(job: DayJob[RunConfig], book: BookDay) -> Path:
@@ -240,10 +251,10 @@ def _group_starts(job: DayJob[RunConfig], book: BookDay) -> list[int]:
 
 def day_context(job: ClusterDay, book: BookDay | None, carry: BookCarry | None) -> Context:
     """The book that a day's trades meet: its own rows and the state before them."""
-    return _context_of(job, book_rows(job, book), carry)
+    return _context_of(job, book_rows(job, book, carry), carry)
 
 
-def _context_of(job: ClusterDay, rows: Any, carry: BookCarry | None) -> Context:
+def _context_of(job: ClusterDay, rows: Columns, carry: BookCarry | None) -> Context:
     return context.make_context(rows, carry, job.lake.symbol.qty_unit, job.config.spread, job.on)
 
 
@@ -253,7 +264,8 @@ def _late_context(job: ClusterDay, book: BookDay | None, carry: BookCarry | None
     # Of the row groups that begin before `since` the last but one: changes may lie further back.
     first = bisect_left(starts, since) - 2
     if first > 0 and book is not None:
-        rows = job.on.decode.table(_rows_path(job, book), list(range(first, len(starts))))
+        late_groups = list(range(first, len(starts)))
+        rows = job.on.decode.columns(_rows_path(job, book), late_groups, context.ROW_COLUMNS, 0)
         late = _context_of(job, rows, None)
         met = int(job.on.xp.count_nonzero(late.ts < since)) - 1
         if met >= 0 and kernels.NO_TIME not in [int(changes[met]) for changes in late.changes]:
@@ -444,9 +456,9 @@ def mids_day(task: MidsTask) -> MidsDay:
     job, book, carry, times = task
 
     def fill(folder: Path) -> dict[str, Any]:
-        rows = context.with_carry(book_rows(job, book), carry, job.on)
-        ts, bid, ask = (job.on.array(rows[name]) for name in ("ts", "bid", "ask"))
-        mids = returns.mids_at(times, ts, bid + ask, job.config.max_staleness, job.on)
+        rows = book_rows(job, book, carry, ("ts", "bid", "ask"))
+        staleness = job.config.max_staleness
+        mids = returns.mids_at(times, rows["ts"], rows["bid"] + rows["ask"], staleness, job.on)
         save_columns(folder, ts=times, mid2=mids)
         return {}
 

@@ -375,6 +375,13 @@ def meet_book(ts, side, book_ts, max_staleness, inclusive, row, fate):
     return int(cupy.count_nonzero(fate == KEPT))
 
 
+def take_kept(fate, ts, side, price, qty, row, kept_ts, kept_side, kept_price, kept_qty, kept_row):
+    """`kernels.take_kept`."""
+    keep, kept = fate == KEPT, (kept_ts, kept_side, kept_price, kept_qty, kept_row)
+    for column, out in zip((ts, side, price, qty, row), kept, strict=True):
+        out[:] = column[keep]
+
+
 def raw_features(
     ts, sign, qty, row, touch_qty, log_bid, log_ask, spread, mid_change, bid_change, ask_change, own, out
 ):

@@ -70,8 +70,9 @@ def meet(
     dropped = dict.fromkeys(DROPS.values(), 0)
     if kept < n:
         dropped = {name: int(xp.count_nonzero(fate == code)) for code, name in DROPS.items()}
-        keep = fate == kernels.KEPT
-        columns = tuple(column[keep] for column in columns)
+        met = tuple(xp.empty(kept, column.dtype) for column in columns)
+        on.kernels.take_kept(fate, *columns, *met)
+        columns = met
     ts, side, price, qty, row = columns
     sign = np.int8(1) - np.int8(2) * side.astype(np.int8)
     return MetTrades(ts, sign, price, qty, row, dropped)

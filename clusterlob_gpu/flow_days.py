@@ -313,8 +313,9 @@ def book_states(task: BookStateTask) -> StateDay:
     job, book, carry, times = task
 
     def fill(folder: Path) -> dict[str, Any]:
-        rows = context.with_carry(book_rows(job, book), carry, job.on)
-        unit = job.lake.symbol.qty_unit
+        names = [name for name in context.ROW_COLUMNS if name != "tick"]
+        held = book_rows(job, book, carry, names)
+        rows, unit = {name: job.on.to_host(held[name]) for name in names}, job.lake.symbol.qty_unit
         states = controls.book_at(times, rows, max_staleness=job.config.max_staleness, qty_unit=unit)
         states.to_parquet(folder / "states.parquet")
         return {}

@@ -243,6 +243,17 @@ def meet_book(ts, side, book_ts, max_staleness, inclusive, row, fate):
 
 
 @_pass
+def take_kept(fate, ts, side, price, qty, row, kept_ts, kept_side, kept_price, kept_qty, kept_row):
+    """Trades whose `fate` is KEPT, written to columns of their number."""
+    at = 0
+    for i in range(len(fate)):
+        if fate[i] == KEPT:
+            kept_ts[at], kept_side[at], kept_row[at] = ts[i], side[i], row[i]
+            kept_price[at], kept_qty[at] = price[i], qty[i]
+            at += 1
+
+
+@_pass
 def raw_features(
     ts, sign, qty, row, touch_qty, log_bid, log_ask, spread, mid_change, bid_change, ask_change, own, out
 ):

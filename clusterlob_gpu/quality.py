@@ -14,9 +14,9 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from clusterlob_gpu import kernels
+from clusterlob_gpu.backend import Columns
 from clusterlob_gpu.context import valid_rows
 from clusterlob_gpu.errors import LakeError
 from clusterlob_gpu.files import Location
@@ -125,14 +125,14 @@ def check_day(lake: SymbolLake, book: str, day: date) -> DayCheck:
     trades = lake.read_trades(day)
     rows, skipped = valid_rows(lake.read_book(day, book, 1))
     known = trades.side <= SIDE_SELL
-    gaps = np.diff(rows["ts"].to_numpy())
+    gaps = np.diff(rows["ts"])
     return DayCheck(
         exchange=lake.symbol.exchange,
         symbol=lake.symbol.name,
         book=book,
         day=day,
         trades=len(trades.ts),
-        book_rows=len(rows) + sum(skipped.values()),
+        book_rows=len(rows["ts"]) + sum(skipped.values()),
         skipped=skipped,
         touch_strict=touch_share(trades, rows, inclusive=False),
         touch_inclusive=touch_share(trades, rows, inclusive=True),
@@ -141,13 +141,13 @@ def check_day(lake: SymbolLake, book: str, day: date) -> DayCheck:
     )
 
 
-def touch_share(trades: Trades, rows: pd.DataFrame, *, inclusive: bool) -> float:
+def touch_share(trades: Trades, rows: Columns, *, inclusive: bool) -> float:
     """Share of trades of known side at or through the touch: buys >= ask, sells <= bid; NaN if none."""
     row = np.empty(len(trades.ts), np.int64)
-    kernels.asof_before(rows["ts"].to_numpy(), trades.ts, inclusive, row)
+    kernels.asof_before(rows["ts"], trades.ts, inclusive, row)
     met = (row >= 0) & (trades.side <= SIDE_SELL)
     if not met.any():
         return float("nan")
     row, price, buys = row[met], trades.price[met], trades.side[met] == SIDE_BUY
-    bid, ask = rows["bid"].to_numpy()[row], rows["ask"].to_numpy()[row]
+    bid, ask = rows["bid"][row], rows["ask"][row]
     return float(np.where(buys, price >= ask, price <= bid).mean())

@@ -93,7 +93,7 @@ def day_columns(lake: Any, day: Any, start: int) -> dict[str, np.ndarray]:
     fills = lake.read_fills(day)
     rows, _ = context.valid_rows(lake.read_book(day, "book_snapshot_25", DEPTH))
     trades = {name: getattr(fills.trades, name) for name in ("ts", "side", "price", "qty")}
-    book = {"book_ts" if name == "ts" else name: rows[name].to_numpy() for name in ROW_COLUMNS}
+    book = {"book_ts" if name == "ts" else name: rows[name] for name in ROW_COLUMNS}
     held = trades | {"trade_id": fills.trade_id} | book
     return with_derived(held | {name: held[name] - start for name in ("ts", "book_ts")})
 
@@ -116,7 +116,7 @@ def with_derived(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _met(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Context, the trades that met it, and their features, scores and labels."""
-    rows = CPU.tables.DataFrame({name: given["book_ts" if name == "ts" else name] for name in ROW_COLUMNS})
+    rows = {name: given["book_ts" if name == "ts" else name] for name in ROW_COLUMNS}
     around = context.make_context(rows, None, QTY_UNIT, "ticks")
     trades = Trades(*(given[name] for name in ("ts", "side", "price", "qty")))
     met = features.meet(trades, around, max_staleness=STALE, inclusive=False)
@@ -174,6 +174,12 @@ class Pass:
 
 def _meet(d: Columns) -> Sequence[Any]:
     return d.ts, d.side, d.book_ts, STALE, False, d.new(d.n, np.int32), d.new(d.n, np.uint8)
+
+
+def _taken(d: Columns) -> Sequence[Any]:
+    """All of the trades."""
+    columns = d.ts, d.side, d.price, d.qty, d.new(d.n, np.int32)
+    return d.new(d.n, np.uint8), *columns, *(d.new(d.n, column.dtype) for column in columns)
 
 
 def _raw(d: Columns) -> Sequence[Any]:
@@ -257,6 +263,7 @@ PASSES = (
     Pass("last_changes", lambda d: (d.book_ts, d.bid, kernels.NO_TIME, d.new(d.m)), row=24),
     Pass("asof_before", lambda d: (d.book_ts, d.ts, False, d.new(d.n)), trade=16, row=8),
     Pass("meet_book", _meet, trade=14, row=8),
+    Pass("take_kept", _taken, trade=59),
     Pass("raw_features", _raw, trade=21 + 8 * F, row=56),
     Pass("rolling_z", lambda d: (d.raw, WINDOW, 0, d.new(d.raw.shape, np.float32)), trade=12 * F),
     Pass("void_nulls", lambda d: (d.z.copy(),), trade=4 * F),

@@ -42,10 +42,10 @@ LEAST = TRAILING_US // WIDTH // 6
 REGIMES = ("funding_regime", "d_oi_regime", "volatility_regime", "liquidity_regime", "stress_regime")
 
 
-def book_rows(*rows: tuple[int, ...]) -> pd.DataFrame:
+def book_rows(*rows: tuple[int, ...]) -> dict[str, np.ndarray]:
     """ts, bid, ask, bid_sz, ask_sz, bid_depth, ask_depth."""
     names = [name for name in ROW_COLUMNS if name != "tick"]
-    return pd.DataFrame(list(rows), columns=names, dtype=np.int64).assign(tick=1.0)
+    return dict(zip(names, np.array(rows, np.int64).reshape(-1, len(names)).T, strict=True))
 
 
 # ---- states ------------------------------------------------------------------------------------------

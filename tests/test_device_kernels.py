@@ -163,6 +163,12 @@ def met(rng: Rng, n: int, *, inclusive: bool = False) -> Case:
     return ts, side, book_ts, 5, inclusive, zeros(n), np.full(n, 9, np.uint8)
 
 
+def fates(rng: Rng, n: int) -> Case:
+    fate, kinds = rng.integers(0, 4, n).astype(np.uint8), (np.int64, np.uint8, np.int64, np.int64, np.int32)
+    columns = [rng.integers(0, 99, n).astype(kind) for kind in kinds]
+    return fate, *columns, *(np.zeros(np.count_nonzero(fate == kernels.KEPT), kind) for kind in kinds)
+
+
 def features(rng: Rng, n: int, *, own: bool = True) -> Case:
     m = 20
     sign, row = rng.choice([-1, 1], n).astype(np.int8), np.sort(rng.integers(0, m, n))
@@ -269,6 +275,7 @@ CASES: dict[str, list[Callable[[Rng, int], Case]]] = {
         lambda rng, n: as_of(rng, n, rows=0),
     ],
     "meet_book": [met, lambda rng, n: met(rng, n, inclusive=True)],
+    "take_kept": [fates],
     "raw_features": [features, lambda rng, n: features(rng, n, own=False)],
     "rolling_z": [windows],
     "void_nulls": [nulls],

@@ -267,6 +267,20 @@ def test_meet_book__first_reason_wins(n: int, m: int, staleness: int, inclusive:
 
 
 @quick
+@given(st.lists(st.integers(0, 3), max_size=20))
+def test_take_kept__what_a_mask_takes(fates: list[int]) -> None:
+    fate = np.array(fates, np.uint8)
+    columns = [
+        np.arange(len(fate), dtype=kind) + at
+        for at, kind in enumerate((np.int64, np.uint8, np.int64, np.int64, np.int32))
+    ]
+    kept = [np.zeros(fates.count(kernels.KEPT), column.dtype) for column in columns]
+    kernels.take_kept(fate, *columns, *kept)
+    for column, found in zip(columns, kept, strict=True):
+        assert found.tolist() == [v for v, code in zip(column.tolist(), fates, strict=True) if code == 0]
+
+
+@quick
 @given(st.lists(st.integers(0, 2), max_size=40), st.sampled_from([NO_TIME, 5]), SEEDS)
 def test_last_changes__against_search_backwards(values: list[int], since: int, seed: int) -> None:
     ts = sorted_times(np.random.default_rng(seed), len(values), 1000) + 100

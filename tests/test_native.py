@@ -19,7 +19,6 @@ from typing import Any
 
 import lakes
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -961,5 +960,5 @@ def test_check_lake__unknown_symbol(plain: Path) -> None:
 
 def test_touch_share__no_trade_met_a_book() -> None:
     nothing = Trades(np.array([5]), np.array([2], np.uint8), np.array([1]), np.array([1]))
-    rows = pd.DataFrame({"ts": [3], "bid": [10], "ask": [11]})
+    rows = {"ts": np.array([3]), "bid": np.array([10]), "ask": np.array([11])}
     assert np.isnan(quality.touch_share(nothing, rows, inclusive=False))

@@ -6,11 +6,11 @@ memory stays small: by `pages` where they are as this lake writes them, else by 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,6 +22,7 @@ from clusterlob_gpu.lake import pages
 from clusterlob_gpu.schema import LAKE_TABLES, NO_ID
 
 SNAPSHOT_BATCH = 16_384
+_STORE_BATCH = 16_384
 _FLOATS = {f.name for f in LAKE_TABLES["derivative_ticker"] if pa.types.is_floating(f.type)}
 LISTS = {
     "bids_px": ("bid", "unused"),
@@ -67,14 +68,22 @@ def levels(
     return _reduced(file, source, groups, rows, depth)
 
 
-def table(path: Path, groups: list[int] | None) -> pd.DataFrame:
-    """A Parquet file of the store, or some of its row groups.
+def columns(path: Path, groups: list[int] | None, names: Sequence[str], room: int) -> dict[str, Any]:
+    """Columns without nulls of a Parquet file of the store, or of some row groups, after `room` free entries.
 
     Without threads: those of Arrow may outlive the interpreter and abort it.
     """
     with pq.ParquetFile(path) as file:
         chosen = list(range(file.num_row_groups)) if groups is None else groups
-        return file.read_row_groups(chosen, use_threads=False).to_pandas(use_threads=False)
+        rows = room + sum(file.metadata.row_group(group).num_rows for group in chosen)
+        kinds = {name: file.schema_arrow.field(name).type.to_pandas_dtype() for name in names}
+        found, at = {name: np.empty(rows, kind) for name, kind in kinds.items()}, room
+        # Small batches: Arrow's memory is used again and again.
+        for batch in file.iter_batches(_STORE_BATCH, chosen, list(names), use_threads=False):
+            for name, column in found.items():
+                column[at : at + len(batch)] = batch[name].to_numpy()
+            at += len(batch)
+    return found
 
 
 def expect_lists(schema: pa.Schema, where: Location) -> None:
@@ -179,7 +188,7 @@ def _list_buffers(lists: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """Offsets and end-to-end values of a list column; a null list is empty, a null entry NO_LEVEL."""
     if pa.types.is_fixed_size_list(lists.type) or lists.null_count:
         lists = pc.fill_null(lists.cast(pa.list_(pa.int64())), [])
-    values = lists.values  # noqa: PD011 - of Arrow
+    values = lists.values
     if values.null_count:
         values = pc.fill_null(values, pa.scalar(kernels.NO_LEVEL, pa.int64()))
     return lists.offsets.to_numpy(), values.to_numpy()

@@ -6,7 +6,7 @@ cuDF does not look at page checksums: what they protect is as safe as the disk.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,14 @@ def levels(
     return {name: cupy.concatenate(parts) for name, parts in found.items()}
 
 
-def table(path: Path, groups: list[int] | None) -> Any:
-    """`decode.table`, as a cuDF frame."""
-    return cudf.read_parquet(str(path), row_groups=groups)
+def columns(path: Path, groups: list[int] | None, names: Sequence[str], room: int) -> dict[str, Any]:
+    """`decode.columns`."""
+    frame, found = cudf.read_parquet(str(path), columns=list(names), row_groups=groups), {}
+    for name in names:
+        values = frame[name].values
+        found[name] = cupy.empty(room + len(values), values.dtype)
+        found[name][room:] = values
+    return found
 
 
 def _reduced(lists: Any, depth: int) -> tuple[Any, Any]:
