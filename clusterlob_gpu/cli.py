@@ -5,8 +5,10 @@ Exit codes: 0 done, 1 the job failed, 2 bad usage, config or input.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import platform
 import signal
 import sys
 import time
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 _YOUNG_OBJECTS = 100_000
 """Objects made before Python looks for garbage: its usual thousand make loading a tenth slower."""
+_MALLOC = {-8: 1, -3: 32 << 20, -1: (1 << 31) - 1}
+"""glibc's M_ARENA_MAX; M_MMAP_THRESHOLD, the most that it takes; M_TRIM_THRESHOLD, never in effect."""
 _DAY = click.DateTime(["%Y-%m-%d"])
 
 _PAGE_WIDTH = 150
@@ -110,10 +114,23 @@ def _draws(command: Callable[..., None]) -> Callable[..., None]:
         from clusterlob_gpu.painter import painting
 
         with nullcontext() if options.get("dry_run") else painting():
+            _keep_memory()
             _load_numba()
             command(**options)
 
     return run
+
+
+def _keep_memory() -> None:
+    """Have glibc keep the memory that one day's arrays leave for those of the next.
+
+    It would give it back, and the system would clear every page anew, which takes as long as a pass over it.
+    Threads have one heap then, so that one uses what another has freed.  Elsewhere nothing changes.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in _MALLOC.items():
+            mallopt(option, value)
 
 
 def _load_numba() -> None:
