@@ -16,7 +16,7 @@ from clusterlob_gpu import page
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.flow_evaluation import LARGE, SMALL, TOTAL
 from clusterlob_gpu.flow_view import NAMES, FlowView, signal_name
-from clusterlob_gpu.page import Drawing, ic_cells, interval, number, text_table
+from clusterlob_gpu.page import Drawing, Drawn, Images, ic_cells, interval, number, text_table
 from clusterlob_gpu.regression import CONTROLLED, INTERACTED, INTERACTION
 
 EXPERIMENT = "flow"
@@ -51,7 +51,7 @@ class Section:
 
     symbol: str
     findings: list[str]
-    images: list[tuple[str, str, str]]
+    images: Images
     """Name, caption, PNG as base64."""
     tables: list[tuple[str, list[dict[str, str]], bool]]
     """Heading, rows, and whether it is open."""
@@ -457,7 +457,7 @@ def render(out: Path) -> list[Path]:
     Raises InputError as `read_run`.
     """
     info, views = read_run(out)
-    drawn = page.draw(out, drawings)
+    drawn = Drawn(out, drawings)
     sections = []
     for view in views:
         tables = [
@@ -471,7 +471,9 @@ def render(out: Path) -> list[Path]:
             ("Long/short books", book_rows(view), True),
         ]
         sections.append(
-            Section(view.symbol, findings(view), drawn.images(view.symbol), [t for t in tables if t[1]])
+            Section(
+                view.symbol, findings(view), partial(drawn.images, view.symbol), [t for t in tables if t[1]]
+            )
         )
     report = out / "report.html"
     page.write(report, page.page("flow.html.j2", info, sections))

@@ -192,7 +192,7 @@ def _lock(out_root: Path, name: str, timeout: float = -1) -> FileLock:
 
 
 def append_ledger(out_root: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Append lines to logs/runs.jsonl in one write, under a lock, and flush them to disk.
+    """Append lines to logs/runs.jsonl in one write, under a lock.
 
     A line that stands there, but for its seconds and attempts, is left out: its run was cut off after it
     was written.
@@ -206,8 +206,6 @@ def append_ledger(out_root: Path, lines: Iterable[dict[str, Any]]) -> None:
             if text and file.tell() and not _ends_line(ledger):
                 text = "\n" + text  # of a writer that was killed, or whose disk was full, in mid-line
             file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _told(line: dict[str, Any]) -> str:

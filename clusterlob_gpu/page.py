@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,12 +147,27 @@ class Drawing(Picture):
         write(self.file(out), png(self.make()))
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """The pictures of a run, on disk."""
+Images = Callable[[], list[tuple[str, str, str]]]
+"""Gives name, caption and base64 of a section's pictures, once they are drawn."""
 
-    out: Path
-    pictures: Sequence[Picture]
+
+class Drawn:
+    """The pictures of a run, drawn by the painter where there is one, while its page is written."""
+
+    def __init__(self, out: Path, drawings: Callable[[Path], Sequence[Drawing]]) -> None:
+        self.out, self._drawings = out, drawings
+        self._painted = painter.ask(out)
+
+    @cached_property
+    def pictures(self) -> Sequence[Picture]:
+        """The pictures, once they are all on disk."""
+        painted = self._painted()
+        if painted is not None:
+            return [Picture(**one) for one in painted]
+        drawings = self._drawings(self.out)
+        for drawing in drawings:
+            drawing.draw(self.out)
+        return drawings
 
     @property
     def files(self) -> list[Path]:
@@ -159,23 +175,12 @@ class Drawn:
         return [picture.file(self.out) for picture in self.pictures]
 
     def images(self, symbol: str) -> list[tuple[str, str, str]]:
-        """Name, caption and base64 of those of a symbol, for the page."""
+        """Those of a symbol, as `Images` gives them."""
         return [
             (picture.name, picture.caption, base64.b64encode(picture.file(self.out).read_bytes()).decode())
             for picture in self.pictures
             if picture.symbol == symbol
         ]
-
-
-def draw(out: Path, drawings: Callable[[Path], Sequence[Drawing]]) -> Drawn:
-    """Write the files of all drawings of a run, by the painter where there is one."""
-    painted = painter.painted(out)
-    if painted is not None:
-        return Drawn(out, [Picture(**one) for one in painted])
-    drawn = drawings(out)
-    for drawing in drawn:
-        drawing.draw(out)
-    return Drawn(out, drawn)
 
 
 def page(template: str, info: dict[str, Any], sections: list[Any]) -> bytes:

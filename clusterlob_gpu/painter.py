@@ -13,8 +13,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,16 +52,26 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def painted(out: Path) -> list[dict[str, str]] | None:
-    """Fields of the pictures that the painter has drawn of the run at `out`; None where it has not."""
-    if not _beside:
+def ask(out: Path) -> Callable[[], list[dict[str, str]] | None]:
+    """Have the painter draw the pictures of the run at `out`; what is given waits for it.
+
+    It gives the fields of the pictures, None where they have not been drawn.
+    """
+    process = _beside[-1] if _beside else None
+    if process is not None:
+        with suppress(OSError, ValueError):  # of one that has died
+            print(json.dumps(str(out)), file=process.stdin, flush=True)
+    return partial(_painted, process, out)
+
+
+def _painted(process: subprocess.Popen[str] | None, out: Path) -> list[dict[str, str]] | None:
+    if process is None:
         return None
-    process = _beside[-1]
-    assert process.stdin is not None
     assert process.stdout is not None
     with suppress(OSError, ValueError):
-        print(json.dumps(str(out)), file=process.stdin, flush=True)
-        found: list[dict[str, str]] | None = json.loads(process.stdout.readline())
+        while (answer := json.loads(process.stdout.readline()))["out"] != str(out):
+            pass  # of a run whose pictures nobody has waited for
+        found: list[dict[str, str]] | None = answer["drawn"]
         return found
     return None
 
@@ -79,7 +90,8 @@ def main() -> None:
         out = Path(json.loads(line))
         drawings = report.drawings(out)
         drawn = [{"symbol": one.symbol, "name": one.name, "caption": one.caption} for one in drawings]
-        print(json.dumps(drawn if _drawn(drawings, out) else None), flush=True)
+        answer = {"out": str(out), "drawn": drawn if _drawn(drawings, out) else None}
+        print(json.dumps(answer), flush=True)
 
 
 def _drawn(drawings: Sequence[Drawing], out: Path) -> bool:

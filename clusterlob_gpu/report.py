@@ -19,7 +19,7 @@ from clusterlob_gpu import flow_report, page, sweep_report
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.findings import HEADLINE_SIGNAL, HEADLINE_TARGET, MIXED, findings
-from clusterlob_gpu.page import Drawing, ic_cells, interval, number, text_table
+from clusterlob_gpu.page import Drawing, Drawn, Images, ic_cells, interval, number, text_table
 from clusterlob_gpu.schema import ALL_CLUSTERS, FEATURES, Z_FEATURES
 from clusterlob_gpu.view import SIDES, View
 
@@ -49,7 +49,7 @@ class Section:
 
     symbol: str
     findings: list[str]
-    images: list[tuple[str, str, str]]
+    images: Images
     """Name, caption, PNG as base64."""
     clusters: list[dict[str, str]]
     meanings: list[str]
@@ -284,14 +284,14 @@ def render_run(out: Path) -> list[Path]:
     if other is not None:
         return other.render(out)
     info, views = read_run(out)
-    drawn = page.draw(out, drawings)
+    drawn = Drawn(out, drawings)
     sections = []
     for view in views:
         sections.append(
             Section(
                 view.symbol,
                 findings(view),
-                drawn.images(view.symbol),
+                partial(drawn.images, view.symbol),
                 cluster_rows(view),
                 _meanings(view),
                 raw_rows(view),

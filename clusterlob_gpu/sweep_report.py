@@ -350,9 +350,9 @@ def render(out: Path) -> list[Path]:
     """
     out = Path(out)
     view = read_run(out)
-    drawn = page.draw(out, drawings)
+    drawn = Drawn(out, drawings)
     sections = [
-        Section("All trials", findings(view), drawn.images(EXPERIMENT), list(_tables(view))),
+        Section("All trials", findings(view), partial(drawn.images, EXPERIMENT), list(_tables(view))),
         *(_symbol_section(drawn, view, symbol) for symbol in view.symbols),
     ]
     report = out / "report.html"
@@ -368,7 +368,7 @@ def _symbol_section(drawn: Drawn, view: SweepView, symbol: str) -> Section:
         for h in found
         if (rows := _headline_rows(h))
     ]
-    return Section(symbol, words or ["No headline IC."], drawn.images(symbol), tables)
+    return Section(symbol, words or ["No headline IC."], partial(drawn.images, symbol), tables)
 
 
 def _headline_rows(headline: Headline) -> list[dict[str, str]]:

@@ -35,7 +35,7 @@ def test_painter__draws_the_same_files(tmp_path: Path, beside: None) -> None:
 
 def test_painter__draws_all_of_them(tmp_path: Path, beside: None) -> None:
     out = make_run(tmp_path / "run")
-    drawn = painter.painted(out)
+    drawn = painter.ask(out)()
     assert drawn == [
         {"symbol": one.symbol, "name": one.name, "caption": one.caption} for one in drawings(out)
     ]
@@ -44,11 +44,20 @@ def test_painter__draws_all_of_them(tmp_path: Path, beside: None) -> None:
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in found)
 
 
+def test_painter__asked_for_another_run_before(tmp_path: Path, beside: None) -> None:
+    """An answer that nobody waited for is not taken for that of the next run."""
+    other, out = make_run(tmp_path / "other"), make_run(tmp_path / "run")
+    (other / "plots").write_text("")
+    painter.ask(other)
+    assert painter.ask(out)() is not None
+    assert list((out / "plots").iterdir())
+
+
 def test_painter__that_fails_leaves_it_to_the_command(tmp_path: Path, beside: None) -> None:
     """A file where the folder of the pictures should be: the command is the one to say so."""
     out = make_run(tmp_path / "run")
     (out / "plots").write_text("")
-    assert painter.painted(out) is None
+    assert painter.ask(out)() is None
     with pytest.raises(FileExistsError):
         render_run(out)
     (process,) = painter._beside
