@@ -29,6 +29,10 @@ _DATA_PAGE, _RLE, _DELTA = 0, 3, 5
 """Numbers of a kind of page and of two encodings."""
 _BLOCK = 1024
 """Most deltas of a block; Arrow writes 128."""
+_LOWEST = np.array([0, *((byte & -byte).bit_length() - 1 for byte in range(1, 256))])
+"""Number of the lowest bit of a byte."""
+_TILE = 4096
+"""Values that are held at once."""
 _MOST_VALUES = 1 << 26
 """Of a chunk; a footer that tells of more is damaged, or its columns too large for one worker."""
 
@@ -212,15 +216,41 @@ def _reduce_page(words, starts, flat, size, entry, value, depth, place, best, to
     at, n_starts = _list_starts(data, 0, size, starts)
     if at < 0:
         return False
-    starts, dense = starts[:n_starts], _one_run(data, at, size, n, value)
-    kinds = np.empty(0 if dense else n, np.uint8)
-    at = _section(data, at, size)[1] if dense else _expand(data, at, size, width, kinds)
-    entries = _unpack(words, at, size, flat) if at >= 0 else -1
-    if not dense and entries >= 0:
-        flat, entries = _with_nulls(flat, entries, kinds, entry, value, starts)
-    if entries < 0 or (dense and entries != n):
+    starts = starts[:n_starts]
+    if _one_run(data, at, size, n, value):
+        at = _section(data, at, size)[1]
+        return _reduce_dense(words, at, size, n, starts, flat, depth, place, best, total)
+    kinds = np.empty(n, np.uint8)
+    at = _expand(data, at, size, width, kinds)
+    minis, per, count, latest, at = _deltas(data, at, size)
+    if at < 0 or count > len(flat) - _BLOCK:
         return False
-    return _enter(flat[:entries], starts, depth, place, best, total)
+    flat[0] = np.int64(latest)
+    if _unpack(words, at, size, minis, per, latest, flat[1:], count - 1)[1] < 0:
+        return False
+    flat, entries = _with_nulls(flat, count, kinds, entry, value, starts)
+    return entries >= 0 and _enter(flat[:entries], starts, depth, place, best, total)
+
+
+@_pass
+def _reduce_dense(words, at, size, n, starts, flat, depth, place, best, total):
+    """`_reduce_page` of n entries that are all there: some at a time, which stay in the nearest cache."""
+    minis, per, count, latest, at = _deltas(words.view(np.uint8), at, size)
+    if at < 0 or count != n:
+        return False
+    flat[0], held, done, begun = np.int64(latest), 1, 0, 0
+    some = _TILE // (minis * per) * minis * per
+    while done < n:
+        more = min(some, n - done - held)
+        latest, at = _unpack(words, at, size, minis, per, latest, flat[held:], more)
+        held, first = held + more, begun
+        while begun < len(starts) and starts[begun] < done + held:
+            starts[begun] -= done
+            begun += 1
+        if at < 0 or not _enter(flat[:held], starts[first:begun], depth, place, best, total):
+            return False
+        held, done = 0, done + held
+    return True
 
 
 @_pass
@@ -244,10 +274,13 @@ def _list_starts(data, at, size, starts):
         if at < 0:
             return -1, 0
         if packed:
-            for byte in data[at : at + run]:
-                for j in range(min(8, n - i) if byte < 255 else 0):
-                    starts[found] = i + j
-                    found += 1 - (byte >> j & 1)
+            for byte in data[at : at + min(run, (n - i + 7) // 8)]:
+                zeros = 255 - np.int64(byte)
+                if n - i < 8:
+                    zeros &= (1 << n - i) - 1
+                while zeros:
+                    starts[found] = i + _LOWEST[zeros]
+                    found, zeros = found + 1, zeros & zeros - 1
                 i += 8
         elif data[at] == 0:
             for j in range(i, min(n, i + run)):
@@ -298,36 +331,41 @@ def _run(data, at, stop, width):
 
 
 @_pass
-def _unpack(words, at, size, out):
-    """All deltas of a page as values; gives how many, -1 where they do not fit.
-
-    `out` has `_BLOCK` entries more than there may be values: the last block is unpacked to its end.
-    """
-    data = words.view(np.uint8)
+def _deltas(data, at, size):
+    """Head of packed deltas: parts of a block, deltas of a part, how many values, the first, and where blocks
+    begin; -1 where there is no such head."""
     block, at = _whole(data, at, size)
     minis, at = _whole(data, at, size)
     count, at = _whole(data, at, size)
-    latest, at = _zigzag(data, at, size)
+    first, at = _zigzag(data, at, size)
     if at < 0 or not 0 < minis <= block <= _BLOCK or block % minis or block // minis % 8:
-        return -1
-    if count > len(out) - _BLOCK:
-        return -1
-    out[0], n, per = np.int64(latest), 1, block // minis
+        return 0, 0, 0, first, -1
+    return minis, block // minis, count, first, at
+
+
+@_pass
+def _unpack(words, at, size, minis, per, latest, out, count):
+    """`count` values after `latest` from the blocks that begin at `at`; gives the last of them, and where the
+    next block begins, -1 where they do not fit.
+
+    `out` has `_BLOCK` entries more than that: the last block is unpacked to its end.
+    """
+    data, n = words.view(np.uint8), 0
     while n < count:
         least, widths = _zigzag(data, at, size)
         at = widths + minis
         if widths < 0 or at > size:
-            return -1
+            return latest, -1
         for width in data[widths:at]:
             length = per * np.int64(width) // 8
             if n < count:
                 if width > 64 or at + length > size:
-                    return -1
+                    return latest, -1
                 latest = _unpack_mini(
                     words, np.uint64(8 * at), np.uint64(width), least, latest, out[n : n + per]
                 )
                 n, at = n + per, at + length
-    return count
+    return latest, at
 
 
 @_pass
@@ -405,6 +443,8 @@ def _enter(flat, starts, depth, place, best, total):
 @_pass
 def _varint(data, at, stop):
     """Unsigned integer of seven bits a byte, and where it ends; -1 where it does not, or began there."""
+    if 0 <= at < stop and data[at] < 128:  # nearly all
+        return np.uint64(data[at]), at + 1
     value, shift = np.uint64(0), np.uint64(0)
     while 0 <= at < stop and shift < 64:
         byte = np.uint64(data[at])
