@@ -325,7 +325,8 @@ def _markouts(ts, edges, sign, row, label, book_ts, mid2, last_ts, max_staleness
                 j = scalar.last_upto(book_ts, at - 1, 0, len(book_ts))
                 if j >= 0 and at - book_ts[j] <= max_staleness:
                     n += 1.0
-                    moved += scalar.move_bps(sign[i], mid2[row[i]], mid2[j])
+                    met = mid2[row[i]]
+                    moved += scalar.bps_per_unit(sign[i], met) * (mid2[j] - met)
         n, moved = _added(n, shared), _added(moved, shared)
         if cuda.threadIdx.x == 0:
             count[stretch, c, h], total[stretch, c, h] = int64(n), moved

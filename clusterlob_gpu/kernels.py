@@ -29,6 +29,8 @@ KEPT, SIDE_UNKNOWN, NO_BOOK, STALE_BOOK = 0, 1, 2, 3
 EMPTY_SIDE, NON_POSITIVE, CROSSED = 1, 2, 3
 """Codes of `fault_of`: why a book row is not valid, in the order in which it is asked."""
 
+_LAST_TIME = 2**63 - 1
+
 _TILE = 512
 """Rows of a pass that are held in the nearest cache."""
 
@@ -98,9 +100,14 @@ def elapsed(ts, since):
 @jit
 def grown(share, mean, m2, x):
     """Mean and sum of squared deviations of 1 / share values, of which x is the last, from those before."""
-    delta = x - mean
-    mean += delta * share
-    return mean, m2 + delta * (x - mean)
+    other = mean + (x - mean) * share
+    return other, widened(m2, x, mean, other)
+
+
+@jit
+def widened(m2, x, mean, other):
+    """Sum of squared deviations with a value more, which makes the mean another."""
+    return m2 + (x - mean) * (x - other)
 
 
 @jit
@@ -161,9 +168,9 @@ def is_nan_bits(bits):
 
 
 @jit
-def move_bps(sign, met, then):
-    """Signed move from one mid to another, in bps of the first."""
-    return 1e4 * sign * (then - met) / met
+def bps_per_unit(sign, met):
+    """Signed bps of a mid that one unit is by which it moves."""
+    return 1e4 * sign / met
 
 
 # ---- passes on the CPU ------------------------------------------------------------------------------
@@ -287,10 +294,11 @@ def rolling_z(x, window, skip, out):
     """Rolling z-scores of the rows of x (f, n) float64, (x - mean) / std over `window` values, ddof = 1.
 
     Values are cut into blocks of `window`; a value's window is a suffix of the block before and a prefix
-    of its own, whose Welford moments are merged by Chan's formula, so nothing is ever subtracted from
-    a running sum.  Moments are taken about the first value of the value's own block, which lies in
-    every window that uses it: a window of equal values has a variance of exactly zero and z = 0, and
-    a level of 1e9 costs no digits.  A NaN in the window, or fewer than `window` values, gives NaN.
+    of its own, whose moments are merged by Chan's formula, so nothing is ever subtracted from a sum.
+    Moments are taken about the first value of the value's own block, which lies in every window that uses
+    it: a window of equal values has a variance of exactly zero and z = 0, and a level of 1e9 costs no
+    digits.  They grow value by value as Welford's do, the means by plain sums, which are sooner there.
+    A NaN in the window, or fewer than `window` values, gives NaN.
     Writes out (f, n - skip): the scores without the first `skip`.
 
     Chan, Golub, LeVeque (1983), The American Statistician 37, 242-247.
@@ -299,40 +307,39 @@ def rolling_z(x, window, skip, out):
     size = np.arange(1, window + 1)
     part = size / window
     weight, share = (window - size) * part, 1.0 / size
-    d, e = np.zeros(window), np.zeros(window)
-    own, late = np.zeros((2, window)), np.zeros((2, window + 1))
+    d, own, late = np.zeros(window), np.zeros((2, window)), np.zeros((2, window + 1))
     for start in range(skip // window * window, n, window):
         stop, first = min(start + window, n), max(0, skip - start)
         for j in range(f):
-            _about_first(x[j], start, stop, d, e)
-            _grow(d, e, share, own, late)
+            _grow_own(x[j, start:stop], share, d, own)
+            _grow_late(x[j, max(0, start - window) : start], x[j, start], share, late)
             _score(first, d, late, own, part, weight, out[j, start + first - skip : stop - skip])
     out[:, : max(0, window - 1 - skip)] = np.nan
 
 
 @_pass
-def _about_first(x, start, stop, d, e):
-    """Values of a block less its first: `d` in order, `e` of the block before, from its last backwards."""
-    for i in range(stop - start):
-        d[i] = x[start + i] - x[start]
-    if start > 0:
-        for i in range(len(e)):
-            e[i] = x[start - 1 - i] - x[start]
+def _grow_own(block, share, d, own):
+    """A block's values less its first, and mean and m2 of d[: i + 1] in own[:, i]."""
+    total, mean, m2 = 0.0, 0.0, 0.0
+    for i in range(len(block)):
+        d[i] = block[i] - block[0]
+        total += d[i]
+        other = total * share[i]
+        mean, m2 = other, widened(m2, d[i], mean, other)
+        own[0, i], own[1, i] = mean, m2
 
 
 @_pass
-def _grow(d, e, share, own, late):
-    """Mean and m2 of d[: i + 1] in own[:, i], of the `window` - i values e[: window - i] in late[:, i].
-
-    Both at once: each waits for its last step, but not for the other's.
-    """
-    window = len(d)
-    mean, m2, late_mean, late_m2 = 0.0, 0.0, 0.0, 0.0
-    for i in range(window):
-        mean, m2 = grown(share[i], mean, m2, d[i])
-        own[0, i], own[1, i] = mean, m2
-        late_mean, late_m2 = grown(share[i], late_mean, late_m2, e[i])
-        late[0, window - 1 - i], late[1, window - 1 - i] = late_mean, late_m2
+def _grow_late(block, first, share, late):
+    """Mean and m2 of block[i:], less `first`, in late[:, i]; the first block of all has none before it."""
+    total, mean, m2 = 0.0, 0.0, 0.0
+    for i in range(len(block)):
+        at = len(block) - 1 - i
+        e = block[at] - first
+        total += e
+        other = total * share[i]
+        mean, m2 = other, widened(m2, e, mean, other)
+        late[0, at], late[1, at] = mean, m2
 
 
 @_pass
@@ -546,26 +553,40 @@ def markout_sums(
     where ts + horizon > last_ts or the row is older than `max_staleness`.  `row` is the book row that
     the trade met, ts is sorted.  Adds to (n_buckets, k, h) tables: `count` int64 and `total` float64.
     """
-    n = len(book_ts)
-    if len(ts) == 0:
+    n, n_horizons = len(book_ts), len(horizons)
+    if len(ts) == 0 or n == 0:
         return
-    # Of every horizon, the last book row before it; all of them rise with the rows.
-    then = np.empty(len(horizons), np.int64)
-    for h in range(len(horizons)):
-        then[h] = last_upto(book_ts, ts[0] + horizons[h] - 1, 0, n)
-    b, stop = 0, start + width
+    # Of every horizon, the last book row before it, its mid, until when it is that row, until when fresh.
+    then, mid = np.full(n_horizons, -1), np.zeros(n_horizons, np.int64)
+    same, known = np.full(n_horizons, NO_TIME), np.full(n_horizons, NO_TIME)
+    counts, totals, stop = count[0], total[0], start + width
     for i in range(len(ts)):
         if ts[i] >= stop:
             b = (ts[i] - start) // width
-            stop = start + (b + 1) * width
+            counts, totals, stop = count[b], total[b], start + (b + 1) * width
         c = label[i]
         if c == NO_CLUSTER:
             continue
-        for h in range(len(horizons)):
-            at, j = ts[i] + horizons[h], then[h]
-            while j + 1 < n and book_ts[j + 1] < at:
-                j += 1
-            then[h] = j
-            if j >= 0 and at <= last_ts and at - book_ts[j] <= max_staleness:
-                count[b, c, h] += 1
-                total[b, c, h] += move_bps(sign[i], mid2[row[i]], mid2[j])
+        met = mid2[row[i]]
+        bps = bps_per_unit(sign[i], met)
+        for h in range(n_horizons):
+            if ts[i] > same[h]:
+                j = _row_before(book_ts, ts[i] + horizons[h], then[h])
+                then[h], same[h] = j, _LAST_TIME if j + 1 == n else book_ts[j + 1] - horizons[h]
+                if j >= 0:
+                    mid[h] = mid2[j]
+                    known[h] = min(last_ts, book_ts[j] + max_staleness) - horizons[h]
+            if ts[i] <= known[h]:
+                counts[c, h] += 1
+                totals[c, h] += bps * (mid[h] - met)
+
+
+@_pass
+def _row_before(book_ts, at, row):
+    """The last book row before a time, -1 if there is none, given that of an earlier time, or -1."""
+    n = len(book_ts)
+    if row < 0:
+        return last_upto(book_ts, at - 1, 0, n)
+    while row + 1 < n and book_ts[row + 1] < at:
+        row += 1
+    return row
