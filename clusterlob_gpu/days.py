@@ -22,7 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clusterlob_gpu import backend, context, cores, features, kernels, returns, schema
+from clusterlob_gpu import backend, context, features, kernels, returns, schema
 from clusterlob_gpu.backend import Backend, Columns
 from clusterlob_gpu.config import ClusterConfig, Config, RunConfig
 from clusterlob_gpu.context import BookCarry, BookSummary
@@ -406,11 +406,10 @@ def _score(task: FeatureTask, z: Any) -> tuple[Meetings, int]:
 
 
 def day_pieces(task: FeatureTask, met: Iterable[MetTrades], around: Context) -> Iterator[Piece]:
-    """`features.pieces` of a day; on the CPU by a second core where one is free."""
+    """`features.pieces` of a day."""
     job, _, state = task
     own_side = job.config.same_side == "own"
-    cut = features.pieces(met, around, state.tail, window=job.config.window, own_side=own_side, on=job.on)
-    return cores.ahead(cut) if job.backend == "cpu" else cut
+    return features.pieces(met, around, state.tail, window=job.config.window, own_side=own_side, on=job.on)
 
 
 def day_scores(task: FeatureTask, made: FeatureDay) -> Any:
