@@ -43,14 +43,13 @@ from clusterlob_gpu.days import (
     first_rows,
     with_room,
 )
-from clusterlob_gpu.errors import ClusterlobError, InputError
+from clusterlob_gpu.errors import ClusterlobError
 from clusterlob_gpu.features import Piece
 from clusterlob_gpu.lake import symbols
 from clusterlob_gpu.lake.layout import day_start_us
 from clusterlob_gpu.returns import Markouts, Mids
 from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES, Context
 from clusterlob_gpu.settling import Settled
-from clusterlob_gpu.starts import Start
 from clusterlob_gpu.store import Artefact, Made, Store, load_column, read_frame, save_columns, source_hash
 
 _HERE = Path(__file__).parent
@@ -204,16 +203,13 @@ def load_fit(store: Store, made: Made) -> Fitted:
     return Fitted(Fit(centroids, counts, **made.record), Bounds(low, high), made.brief())
 
 
-def start_fit(task: tuple[FitJob, Bounds, tuple[Sample, ...]]) -> Start | InputError:
-    """Where a fit starts, from the days' samples, clipped, or why it cannot."""
-    fit, bounds, samples = task
+def start_fit(task: tuple[FitJob, Bounds, tuple[Sample, ...], int]) -> tuple[Fit | None, int]:
+    """`starts.attempt` of that number for a fit, on the days' samples, clipped, and the sample's rows."""
+    fit, bounds, samples, number = task
     store = Store(fit.train[0].job.store)
     rows = [load_column(store.folder(sample.made.address), "z") for sample in samples]
-    config, sample = fit.config, bounds.clip(np.concatenate(rows, axis=1))
-    try:
-        return starts.start(sample, config.k, config.seed, config.n_init)
-    except InputError as error:
-        return error
+    sample = bounds.clip(np.concatenate(rows, axis=1))
+    return starts.attempt(sample, fit.config.k, fit.config.seed, number), sample.shape[1]
 
 
 def fit_merged(task: tuple[FitJob, Bounds, np.ndarray]) -> Fit:

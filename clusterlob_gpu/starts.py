@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,23 +36,34 @@ def sample_rows(n: int, total: int, seed: int, day_number: int) -> np.ndarray:
     return np.sort(rng.choice(n, size=min(size, n), replace=False))
 
 
-def start(sample: np.ndarray, k: int, seed: int, n_init: int) -> Start:
-    """K-means++ and Lloyd on a sample (6, m), the best of `n_init` starts.
+def attempt(sample: np.ndarray, k: int, seed: int, number: int) -> Fit | None:
+    """K-means++ and Lloyd on a sample (6, m): one of several starts, by its number.
 
-    Raises InputError if the sample has fewer than k distinct rows.
+    None if k-means++ finds fewer than k distinct rows.
     """
     sample = np.ascontiguousarray(sample)
-    rng = np.random.default_rng(seed)
-    chosen = [plus_plus(sample, k, rng) for _ in range(n_init)]
-    chosen = [rows for rows in chosen if len(rows) == k]
-    if not chosen:
+    centres = plus_plus(sample, k, np.random.default_rng([seed, number]))
+    return _lloyd(sample, centres) if len(centres) == k else None
+
+
+def best_of(attempts: Sequence[Fit | None], k: int, rows: int) -> Start:
+    """The best of several starts on a sample of so many rows; the first of equals.
+
+    Raises InputError if none of them has k centres.
+    """
+    fits = [fit for fit in attempts if fit is not None]
+    if not fits:
         raise InputError(
-            f"k = {k}: the training days have fewer than {k} distinct feature rows in {sample.shape[1]}; "
+            f"k = {k}: the training days have fewer than {k} distinct feature rows in {rows}; "
             "use a smaller k, a shorter window or more days"
         )
-    best = min((_lloyd(sample, rows) for rows in chosen), key=lambda fit: fit.inertia)
-    spread = best.inertia / sample.shape[1]
-    return Start(best.centroids, float(np.sqrt(spread / max(1, best.counts.min()))))
+    best = min(fits, key=lambda fit: fit.inertia)
+    return Start(best.centroids, float(np.sqrt(best.inertia / rows / max(1, best.counts.min()))))
+
+
+def start(sample: np.ndarray, k: int, seed: int, n_init: int) -> Start:
+    """`best_of` the first `n_init` attempts on a sample."""
+    return best_of([attempt(sample, k, seed, number) for number in range(n_init)], k, sample.shape[1])
 
 
 def _lloyd(sample: np.ndarray, centres: np.ndarray) -> Fit:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 
-from clusterlob_gpu import cluster_days, clustering
+from clusterlob_gpu import cluster_days, clustering, starts
 from clusterlob_gpu.cluster_days import FitJob, Fitted, Sample, SampleJob, Share, TrainDay
 from clusterlob_gpu.clustering import Bounds, Fit, Partial
 from clusterlob_gpu.errors import InputError
@@ -44,20 +45,20 @@ def fit_all(jobs: Sequence[FitJob], stages: Stages) -> list[Fitted | InputError]
 def _fit(jobs: Sequence[FitJob], stages: Stages) -> list[Fitted | InputError]:
     bounds = _all_bounds(jobs, stages)
     begun = _starts(jobs, bounds, stages)
-    starts = {n: start for n, start in enumerate(begun) if not isinstance(start, InputError)}
-    merged = [n for n in starts if jobs[n].config.engine in _MERGED]
-    spread = [n for n in starts if jobs[n].config.engine == "cuml_dask"]
-    passed = [n for n in starts if n not in (*merged, *spread)]
-    fits = {n: _spread_fit(jobs[n], bounds[n], starts[n].centres, stages) for n in spread}
-    tasks = [(jobs[n], bounds[n], starts[n].centres) for n in merged]
+    known = {n: start for n, start in enumerate(begun) if not isinstance(start, InputError)}
+    merged = [n for n in known if jobs[n].config.engine in _MERGED]
+    spread = [n for n in known if jobs[n].config.engine == "cuml_dask"]
+    passed = [n for n in known if n not in (*merged, *spread)]
+    fits = {n: _spread_fit(jobs[n], bounds[n], known[n].centres, stages) for n in spread}
+    tasks = [(jobs[n], bounds[n], known[n].centres) for n in merged]
     fits |= zip(merged, stages.map("fit", cluster_days.fit_merged, tasks), strict=True)
     together = clustering.lloyd_together(
-        [starts[n].centres for n in passed],
+        [known[n].centres for n in passed],
         _Passes(
             [jobs[n] for n in passed],
             [bounds[n] for n in passed],
             stages,
-            [_FIRST_REACH * starts[n].error for n in passed],
+            [_FIRST_REACH * known[n].error for n in passed],
         ),
     )
     fits |= zip(passed, together, strict=True)
@@ -129,11 +130,22 @@ def _starts(jobs: Sequence[FitJob], bounds: Sequence[Bounds], stages: Stages) ->
         of_job.append(addresses)
     made = stages.make("sample", cluster_days.sample_artefact, cluster_days.sample_day, list(wanted.values()))
     samples: dict[str, Sample] = dict(zip(wanted, made, strict=True))
-    begun = [
-        (job, bound, tuple(samples[address] for address in addresses))
+    asked = [
+        (job, bound, tuple(samples[address] for address in addresses), number)
         for job, bound, addresses in zip(jobs, bounds, of_job, strict=True)
+        for number in range(job.config.n_init)
     ]
-    return stages.map("start", cluster_days.start_fit, begun)
+    attempts = iter(stages.map("start", cluster_days.start_fit, asked))
+    return [_start(job, list(islice(attempts, job.config.n_init))) for job in jobs]
+
+
+def _start(job: FitJob, attempts: Sequence[tuple[Fit | None, int]]) -> Start | InputError:
+    """The best of a fit's starts, or why there is none."""
+    fits, (rows, *_) = zip(*attempts, strict=True)
+    try:
+        return starts.best_of(fits, job.config.k, rows)
+    except InputError as error:
+        return error
 
 
 def _all_bounds(jobs: Sequence[FitJob], stages: Stages) -> list[Bounds]:
