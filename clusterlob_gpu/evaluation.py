@@ -47,6 +47,8 @@ MARKOUT_COLUMNS = (
     "t",
 )
 
+MIXED = "mixed"
+"""Verdict on a cluster beyond the named roles whose trades changed between windows."""
 LEVEL = 0.05
 MIN_ROWS = 30
 """Fewer rows than this, or than 4H, make a test thin."""
@@ -485,7 +487,7 @@ def judge(table: pd.DataFrame) -> pd.DataFrame:
     (A thin row's HAC error comes out too small: its p would loosen the correction of all the others.)
     verdict: "thin" where n < max(30, 4H) or the IC is null; "positive" or "negative" where p_fdr < 0.05 (for
     targets that are not predictive: hac_p < 0.05) and the bootstrap interval excludes 0 on that side;
-    "undecided" otherwise.
+    "undecided" otherwise.  A row that has been called MIXED stays so.
     """
     if table.empty:
         return table
@@ -501,6 +503,8 @@ def judge(table: pd.DataFrame) -> pd.DataFrame:
         ["thin", "positive", "negative"],
         "undecided",
     )
+    if "verdict" in table:
+        verdict = np.where(table["verdict"].eq(MIXED), MIXED, verdict)
     return table.assign(p_fdr=p_fdr, verdict=verdict)
 
 

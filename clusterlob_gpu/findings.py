@@ -12,15 +12,12 @@ import pandas as pd
 
 from clusterlob_gpu import page
 from clusterlob_gpu.config import format_duration, parse_duration
-from clusterlob_gpu.evaluation import Z_95, Z_POWER
+from clusterlob_gpu.evaluation import MIXED, Z_95, Z_POWER
 from clusterlob_gpu.schema import ALL_CLUSTERS, US_PER_DAY
 from clusterlob_gpu.view import SIDES, View, distinct_targets
 
 HEADLINE_SIGNAL, HEADLINE_TARGET = "ofi_size", "frnb"
 """The pair for which the research log reports an IC."""
-
-MIXED = "mixed"
-"""Verdict on a cluster beyond the named roles whose trades changed between windows."""
 
 _DROPS = {
     "side_unknown": "unknown side",

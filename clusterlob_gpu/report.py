@@ -18,7 +18,8 @@ from rich.table import Table
 from clusterlob_gpu import flow_report, page, sweep_report
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.errors import InputError
-from clusterlob_gpu.findings import HEADLINE_SIGNAL, HEADLINE_TARGET, MIXED, findings
+from clusterlob_gpu.evaluation import MIXED
+from clusterlob_gpu.findings import HEADLINE_SIGNAL, HEADLINE_TARGET, findings
 from clusterlob_gpu.page import Drawing, Drawn, Images, ic_cells, interval, number, text_table
 from clusterlob_gpu.schema import ALL_CLUSTERS, FEATURES, Z_FEATURES
 from clusterlob_gpu.view import SIDES, View

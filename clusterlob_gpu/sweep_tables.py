@@ -50,12 +50,9 @@ def all_tests(made: Sequence[Trial], results: Results, store: Store) -> pd.DataF
     if not tables:
         return pd.DataFrame({"trial": np.empty(0, np.int64)})
     table = pd.concat(tables, ignore_index=True)
-    table = table.rename(columns={"p_fdr": "p_fdr_alone", "verdict": "verdict_alone"})
     same = [name for name in evaluation.SAME_TEST if name in table]
-    distinct = evaluation.judge(table.drop_duplicates(same))
-    mixed = distinct["verdict_alone"].eq("mixed")
-    distinct = distinct.assign(verdict=distinct["verdict"].mask(mixed, "mixed"))
-    corrected = distinct[[*same, "p_fdr", "verdict"]]
+    corrected = evaluation.judge(table.drop_duplicates(same))[[*same, "p_fdr", "verdict"]]
+    table = table.rename(columns={"p_fdr": "p_fdr_alone", "verdict": "verdict_alone"})
     table = table.merge(corrected, on=same, how="left", validate="many_to_one")
     number_of = {key: number for number, key in enumerate(results)}
     of_trials = pd.DataFrame(

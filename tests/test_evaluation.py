@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from clusterlob_gpu import evaluation as ev
 from clusterlob_gpu.errors import InputError
-from clusterlob_gpu.evaluation import Signal, Target, cluster_ic, ic_table, judge, markout_table
+from clusterlob_gpu.evaluation import MIXED, Signal, Target, cluster_ic, ic_table, judge, markout_table
 
 WIDTH = 300_000_000
 DAY = 86_400_000_000
@@ -327,6 +327,10 @@ def test_false_discovery__corrects_over_predictive_rows_of_joined_tables() -> No
     assert joined["p_fdr"].tolist()[:4] == table["p_fdr"].tolist()[:4]
     assert joined["p_fdr"].isna().tolist()[4:] == [True] * 6
     assert joined["verdict"].tolist()[6:] == ["thin"] * 4
+    called = [MIXED, *table["verdict"][1:]]
+    again = judge(table.assign(verdict=called))
+    assert again["verdict"].tolist() == called
+    assert again["p_fdr"].tolist() == pytest.approx(table["p_fdr"].tolist(), nan_ok=True)
     disagreeing = judge(table.assign(ci_low=-0.01))
     assert disagreeing["verdict"].tolist() == ["undecided"] * 5 + ["thin"]
 

@@ -107,9 +107,7 @@ def run_cluster(request: ClusterRequest, workers: Workers) -> Path:
 
 def _judged(request: ClusterRequest, ic: pd.DataFrame) -> pd.DataFrame:
     """ICs of all symbols, corrected over the whole run."""
-    mixed = ic["verdict"].eq("mixed")
     ic = evaluation.judge(ic).assign(sample=_sample(request))
-    ic.loc[mixed, "verdict"] = "mixed"
     return front(ic, ["symbol", "sample", "cluster", "label"])
 
 

@@ -401,7 +401,7 @@ def ic_of(config: ClusterConfig, buckets: pd.DataFrame, centroids: pd.DataFrame)
     pooled = _pooled(centroids).drop(columns="label_other")
     table = table.merge(pooled, on=["symbol", "cluster"], how="left").fillna({"label": "all"})
     # Beyond the named roles a number may stand for other trades in every window.
-    table.loc[table.pop("mixed").eq(True), "verdict"] = "mixed"
+    table.loc[table.pop("mixed").eq(True), "verdict"] = evaluation.MIXED
     return table
 
 
