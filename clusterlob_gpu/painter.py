@@ -82,6 +82,7 @@ def _painted(process: subprocess.Popen[str] | None, out: Path) -> list[dict[str,
 def main() -> None:
     """Draw the runs whose folders come on standard input, until its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's matter, which ends this one
+    os.nice(10)  # what the command computes comes first: there is time until it draws
     gc.disable()  # it would touch, and so copy, the memory that those that are forked share
     from clusterlob_gpu import flow_pictures, page, pictures, report, sweep_pictures  # noqa: F401
 
