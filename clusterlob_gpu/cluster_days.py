@@ -45,6 +45,7 @@ from clusterlob_gpu.days import (
 )
 from clusterlob_gpu.errors import ClusterlobError
 from clusterlob_gpu.features import Piece
+from clusterlob_gpu.files import Location
 from clusterlob_gpu.lake import symbols
 from clusterlob_gpu.lake.layout import day_start_us
 from clusterlob_gpu.returns import Markouts, Mids
@@ -203,13 +204,25 @@ def load_fit(store: Store, made: Made) -> Fitted:
     return Fitted(Fit(centroids, counts, **made.record), Bounds(low, high), made.brief())
 
 
-def start_fit(task: tuple[FitJob, Bounds, tuple[Sample, ...], int]) -> tuple[Fit | None, int]:
-    """`starts.attempt` of that number for a fit, on the days' samples, clipped, and the sample's rows."""
-    fit, bounds, samples, number = task
-    store = Store(fit.train[0].job.store)
-    rows = [load_column(store.folder(sample.made.address), "z") for sample in samples]
-    sample = bounds.clip(np.concatenate(rows, axis=1))
-    return starts.attempt(sample, fit.config.k, fit.config.seed, number), sample.shape[1]
+@dataclass(frozen=True)
+class StartJob:
+    """One of the starts of a fit; of its days no more than where their samples are, for there are many."""
+
+    store: Location
+    samples: tuple[str, ...]
+    """Addresses."""
+    bounds: Bounds
+    k: int
+    seed: int
+    number: int
+
+
+def start_fit(task: StartJob) -> tuple[Fit | None, int]:
+    """`starts.attempt` on the days' samples, clipped, and the rows of them together."""
+    store = Store(task.store)
+    rows = [load_column(store.folder(address), "z") for address in task.samples]
+    sample = task.bounds.clip(np.concatenate(rows, axis=1))
+    return starts.attempt(sample, task.k, task.seed, task.number), sample.shape[1]
 
 
 def fit_merged(task: tuple[FitJob, Bounds, np.ndarray]) -> Fit:

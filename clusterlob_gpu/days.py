@@ -245,6 +245,8 @@ def _rows_path(job: DayJob[RunConfig], book: BookDay) -> Path:
 
 def _group_starts(job: DayJob[RunConfig], book: BookDay) -> list[int]:
     """Time (us) of the first row of every row group of a day's book."""
+    if not book.rows:
+        return []  # its file has a row group all the same, which begins nowhere
     with pq.ParquetFile(_rows_path(job, book)) as file:
         return [file.metadata.row_group(at).column(0).statistics.min for at in range(file.num_row_groups)]
 

@@ -302,6 +302,14 @@ def over_midnight(
     return Market(trades, books)
 
 
+def crossed_day() -> Market:
+    """Of three days, every book row of the middle one is crossed."""
+    market = over_midnight()
+    middle = range(at(1), at(2))
+    books = [BookIn(b.ts, b.asks, b.bids) if b.ts in middle else b for b in market.books]
+    return replace(market, books=books)
+
+
 def late_book() -> Market:
     """The first book row comes five minutes after the first trade, on the first day of the lake."""
     market = plain()
@@ -325,6 +333,7 @@ NAMED: dict[str, Callable[[], Market]] = {
     "over_midnight": over_midnight,
     "trades_missing": lambda: over_midnight(missing_trades=[1]),
     "books_missing": lambda: over_midnight(missing_books=[1]),
+    "crossed_day": crossed_day,
     "late_book": late_book,
     "stale_book": stale_book,
 }

@@ -139,6 +139,27 @@ def test_levels__damage_is_arrows_to_tell(tmp_path: Path, how: str) -> None:
     assert told > 100
 
 
+def test_reduce__a_count_that_is_none(tmp_path: Path) -> None:
+    """Bytes in the place of the number of values, which no checksum covers."""
+    path = tmp_path / "a"
+    write(path, [[1, 2]] * 50, compression="none")
+    whole = path.read_bytes()
+    at = whole.index(b"\x15\xc8\x01")  # field 1 of the data page's header: 100 values
+    path.write_bytes(whole[:at] + b"\x18\x01" + whole[at + 2 :])
+    assert not reduced(path, 2)[2]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "starts"),
+    [([2, 0, 2], [0, 1]), ([0, 2], [0]), ([2, 0], [0])],
+    ids=["after_another", "first", "empty"],
+)
+def test_with_nulls__nothing_goes_on_in_an_empty_list(kinds: list[int], starts: list[int]) -> None:
+    values, levels = np.arange(9), np.array(kinds, np.uint8)
+    count = kinds.count(2)
+    assert pages._with_nulls(values, count, levels, 1, 2, np.array(starts, np.int32))[1] == -1
+
+
 def read(path: Path, meta: pq.FileMetaData) -> dict[str, np.ndarray]:
     with pa.OSFile(str(path)) as file:
         return decode.levels(Location.of(path), file, meta, [0], 5)

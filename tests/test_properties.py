@@ -346,6 +346,12 @@ def test_cut__days_one_by_one_equal_all_at_once(market: Market, config: dict[str
     )
 
 
+def test_cut__before_a_day_without_a_valid_book_row(tmp_path: Path) -> None:
+    """It is looked at for mark-outs alone, and is as good as one that the lake does not have."""
+    lake = lakes.crossed_day().write(tmp_path / "lake")
+    assert_same(run(lake, CONFIG, 0, 0), expect(lake, CONFIG, 0, 0), 0, 0, CENTROIDS)
+
+
 @pytest.mark.parametrize("name", ["ties", "finer_ticks_new_id", "over_midnight"])
 def test_files__their_number_and_order_do_not_matter(tmp_path: Path, name: str) -> None:
     """Three shuffled files a day give bitwise the tables of one file."""

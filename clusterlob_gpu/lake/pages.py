@@ -84,7 +84,7 @@ class ListReader:
         place, left = np.array([-1, 0]), chunk.num_values
         read = self._read[chunk.data_page_offset - self._first :][: chunk.total_compressed_size]
         for page in _pages(read, _CODECS[chunk.compression]):
-            if page is None or not 0 <= page.values <= left:
+            if page is None or page.values > left:
                 return False
             left -= page.values
             held = self._room(page)
@@ -131,13 +131,14 @@ def _pages(read: memoryview, codec: str | None) -> Iterator[_Page | None]:
             header = _Thrift(read, at)
             fields = header.struct()
             page, size, packed, data = fields[1], fields[2], fields[3], fields[5]
-            encodings = data[2], data[3], data[4]
+            values, encodings = data[1], (data[2], data[3], data[4])
             at = header.at + packed
             content = read[header.at : at]
             whole = zlib.crc32(content) == fields.get(4, 0) & 0xFFFFFFFF or 4 not in fields
-            if page != _DATA_PAGE or encodings != (_DELTA, _RLE, _RLE) or not whole or packed < 0:
+            usual = page == _DATA_PAGE and encodings == (_DELTA, _RLE, _RLE)
+            if not usual or not whole or packed < 0 or values < 0:
                 raise ValueError
-            yield _Page(_unpacked(content, size, codec), data[1])
+            yield _Page(_unpacked(content, size, codec), values)
         except (LookupError, TypeError, ValueError, RecursionError, OSError, pa.ArrowException):
             yield None
             return
@@ -286,6 +287,8 @@ def _list_starts(data, at, size, starts):
             for j in range(i, min(n, i + run)):
                 starts[found] = j
                 found += 1
+        elif data[at] > 1:
+            return -1, 0
         i, at = (i, at + run) if packed else (i + run, at + 1)
     return stop, found
 
@@ -406,14 +409,17 @@ def _with_nulls(values, n_values, kinds, entry, value, starts):
 
     `starts` becomes numbers of entries.
     """
-    out, used, entries, next_start = np.empty(len(kinds), np.int64), 0, 0, 0
+    out, used, entries, next_start, filled = np.empty(len(kinds), np.int64), 0, 0, 0, True
     for i in range(len(kinds)):
         begins = next_start < len(starts) and starts[next_start] == i
         if begins:
             starts[next_start] = entries
             next_start += 1
+            filled = kinds[i] >= entry
+        elif kinds[i] < entry or not filled:  # nothing goes on in a list that is null or empty
+            return out, -1
         there = kinds[i] == value
-        if kinds[i] > value or (kinds[i] < entry and not begins) or (there and used == n_values):
+        if kinds[i] > value or (there and used == n_values):
             return out, -1
         if kinds[i] >= entry:
             out[entries] = values[used] if there else NO_LEVEL

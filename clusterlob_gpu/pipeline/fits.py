@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 
 from clusterlob_gpu import cluster_days, clustering, starts
-from clusterlob_gpu.cluster_days import FitJob, Fitted, Sample, SampleJob, Share, TrainDay
+from clusterlob_gpu.cluster_days import FitJob, Fitted, SampleJob, Share, StartJob, TrainDay
 from clusterlob_gpu.clustering import Bounds, Fit, Partial
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.pipeline.stages import Item, PlanEnds, Stages
@@ -128,10 +128,9 @@ def _starts(jobs: Sequence[FitJob], bounds: Sequence[Bounds], stages: Stages) ->
         addresses = [cluster_days.sample_artefact(task).address for task in tasks]
         wanted |= zip(addresses, tasks, strict=True)
         of_job.append(addresses)
-    made = stages.make("sample", cluster_days.sample_artefact, cluster_days.sample_day, list(wanted.values()))
-    samples: dict[str, Sample] = dict(zip(wanted, made, strict=True))
+    stages.make("sample", cluster_days.sample_artefact, cluster_days.sample_day, list(wanted.values()))
     asked = [
-        (job, bound, tuple(samples[address] for address in addresses), number)
+        StartJob(job.train[0].job.store, tuple(addresses), bound, job.config.k, job.config.seed, number)
         for job, bound, addresses in zip(jobs, bounds, of_job, strict=True)
         for number in range(job.config.n_init)
     ]
