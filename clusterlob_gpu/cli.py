@@ -50,6 +50,8 @@ def main() -> None:
     gc.set_threshold(_YOUNG_OBJECTS)
     # Matrices are small: threads would wait for each other.  Dask sets the same for its workers.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Arrow's allocator would give memory back too, see `_keep_memory`.
+    os.environ.setdefault("MIMALLOC_PURGE_DELAY", "-1")
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
@@ -107,14 +109,14 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _draws(command: Callable[..., None]) -> Callable[..., None]:
-    """Have a painter get ready while the command computes."""
+    """Have helpers get ready for its tables and pictures while the command computes."""
 
     @wraps(command)
     def run(**options: Any) -> None:
-        from clusterlob_gpu.painter import painting
+        from clusterlob_gpu.beside import helpers
 
-        with nullcontext() if options.get("dry_run") else painting():
-            _keep_memory()
+        _keep_memory()
+        with nullcontext() if options.get("dry_run") else helpers():
             _load_numba()
             command(**options)
 

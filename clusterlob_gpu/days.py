@@ -22,7 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clusterlob_gpu import backend, context, features, kernels, returns, schema
+from clusterlob_gpu import backend, context, cores, features, kernels, returns, schema
 from clusterlob_gpu.backend import Backend, Columns
 from clusterlob_gpu.config import ClusterConfig, Config, RunConfig
 from clusterlob_gpu.context import BookCarry, BookSummary
@@ -411,6 +411,7 @@ def day_pieces(task: FeatureTask, met: Iterable[MetTrades], around: Context) -> 
     """`features.pieces` of a day."""
     job, _, state = task
     own_side = job.config.same_side == "own"
+    met = met if job.backend == "gpu" else cores.ahead(met)
     return features.pieces(met, around, state.tail, window=job.config.window, own_side=own_side, on=job.on)
 
 

@@ -103,7 +103,7 @@ def raw_features(met: MetTrades, context: Context, out: Any, *, own_side: bool, 
 
 
 class Piece(NamedTuple):
-    """Some of a day's met trades in a row; its arrays hold until the next piece is asked for."""
+    """Some of a day's met trades in a row."""
 
     rows: slice
     """Which of the day's met trades."""

@@ -7,11 +7,13 @@ Which signals are tested, against what, in which slices: the choices stand here,
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 
+from clusterlob_gpu.beside import Each
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.differences import difference_table, judge_differences, slice_table
 from clusterlob_gpu.errors import ConfigError, InputError
@@ -48,6 +50,18 @@ REGIMES = {
 """Columns that slice time, and their labels in order."""
 LASTING = ("volatility_regime", "liquidity_regime")
 MONTH = "month"
+TABLES = (
+    "ic",
+    "ic_differences",
+    "quantiles",
+    "spreads",
+    "regressions",
+    "regimes",
+    "stability",
+    "backtest",
+    "backtest_path",
+)
+"""Tables of `flow_tables`, in their order."""
 _MARKET_RETURN = re.compile(r".+_ret_\d+[a-z]+")
 
 
@@ -104,8 +118,9 @@ def flow_pairs(columns: Sequence[str], width_us: int) -> list[tuple[Signal, Sign
     return [(known[a], known[b]) for a, b in names if a in known and b in known]
 
 
-def flow_tables(bars: pd.DataFrame, plan: FlowPlan) -> dict[str, pd.DataFrame]:
-    """Every table of results of a taker-flow run, keyed by file name without suffix.
+def flow_tables(bars: pd.DataFrame, plan: FlowPlan, each: Each = map) -> dict[str, pd.DataFrame]:
+    """Every table of results of a taker-flow run, keyed by file name without suffix, those of a symbol made
+    by `each`.
 
     Takes the bars of all symbols: symbol, bar_ts (start, int64 us; a grid per symbol), the columns of
     `flow_bars` and `controls` (sums, targets, controls, regimes), and `mid`, the mid at the bar's end.
@@ -128,13 +143,14 @@ def flow_tables(bars: pd.DataFrame, plan: FlowPlan) -> dict[str, pd.DataFrame]:
     panels = {str(symbol): _panel(mine) for symbol, mine in bars.groupby("symbol", sort=True)}
     if not panels:
         raise InputError("bars: no rows, so there is nothing to evaluate; check symbols and dates")
-    parts = [_symbol_tables(symbol, panel, plan) for symbol, panel in panels.items()]
-    tables = {}
-    for name in parts[0]:
-        tables[name] = pd.concat(
+    parts = [_symbol_tables(symbol, panel, plan, each) for symbol, panel in panels.items()]
+    tables = {
+        name: pd.concat(
             [_with_symbol(part[name], symbol) for symbol, part in zip(panels, parts, strict=True)],
             ignore_index=True,
         )
+        for name in TABLES
+    }
     return judge_tables(tables)
 
 
@@ -161,34 +177,38 @@ def _panel(bars: pd.DataFrame) -> pd.DataFrame:
     return panel.assign(**{MONTH: months}).reset_index(drop=True)
 
 
-def _symbol_tables(symbol: str, panel: pd.DataFrame, plan: FlowPlan) -> dict[str, pd.DataFrame]:
+def _symbol_tables(symbol: str, panel: pd.DataFrame, plan: FlowPlan, each: Each) -> dict[str, pd.DataFrame]:
     signals = flow_signals(list(panel.columns), plan.width_us)
     headline = [signal for signal in signals if signal.name in HEADLINE]
     if LARGE not in {signal.name for signal in signals}:
         raise InputError(f"bars of {symbol}: no column {LARGE}; build the bars with size thresholds")
-    targets, sampling = plan.targets, plan.sampling
-    quantiles, spreads = quantile_tables(panel, headline, targets, edges=plan.edges, **sampling)
-    backtest, path = backtest_tables(
-        panel, headline, plan.horizons_us, width_us=plan.width_us, costs=plan.costs
-    )
+    targets, sampling, width = plan.targets, plan.sampling, plan.width_us
+    pairs, controls_ = flow_pairs(list(panel.columns), plan.width_us), _controls(panel, plan)
     regimes = {name: labels for name, labels in REGIMES.items() if name in panel}
     stable = {"symbol": (symbol,), MONTH: tuple(sorted(panel[MONTH].unique()))}
     stable |= {name: labels for name, labels in regimes.items() if name in LASTING}
-    return {
-        "ic": ic_table(panel, signals, targets, **sampling),
-        "ic_differences": difference_table(
-            panel, flow_pairs(list(panel.columns), plan.width_us), targets, **sampling
-        ),
-        "quantiles": quantiles,
-        "spreads": spreads,
-        "regressions": regression_table(
-            panel, headline, targets, _controls(panel, plan), width_us=plan.width_us
-        ),
-        "regimes": slice_table(panel, regimes, headline, targets, **sampling),
-        "stability": slice_table(panel, stable, headline, targets, **sampling),
-        "backtest": backtest,
-        "backtest_path": path,
+
+    def quantiles() -> tuple[pd.DataFrame, pd.DataFrame]:
+        return quantile_tables(panel, headline, targets, edges=plan.edges, **sampling)
+
+    def backtest() -> tuple[pd.DataFrame, pd.DataFrame]:
+        return backtest_tables(panel, headline, plan.horizons_us, width_us=width, costs=plan.costs)
+
+    # Those that take longest come first.
+    makers: dict[tuple[str, ...], Callable[[], Any]] = {
+        ("regimes",): lambda: slice_table(panel, regimes, headline, targets, **sampling),
+        ("stability",): lambda: slice_table(panel, stable, headline, targets, **sampling),
+        ("regressions",): lambda: regression_table(panel, headline, targets, controls_, width_us=width),
+        ("ic",): lambda: ic_table(panel, signals, targets, **sampling),
+        ("backtest", "backtest_path"): backtest,
+        ("ic_differences",): lambda: difference_table(panel, pairs, targets, **sampling),
+        ("quantiles", "spreads"): quantiles,
     }
+    made = each(lambda make: make(), list(makers.values()))
+    found: dict[str, pd.DataFrame] = {}
+    for names, tables in zip(makers, made, strict=True):
+        found |= dict(zip(names, tables if len(names) > 1 else [tables], strict=True))
+    return found
 
 
 def _controls(panel: pd.DataFrame, plan: FlowPlan) -> list[str]:

@@ -456,8 +456,8 @@ def render(out: Path) -> list[Path]:
 
     Raises InputError as `read_run`.
     """
-    info, views = read_run(out)
     drawn = Drawn(out, drawings)
+    info, views = read_run(out)
     sections = []
     for view in views:
         tables = [

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from clusterlob_gpu import painter
+from clusterlob_gpu import beside, cores
+from clusterlob_gpu.beside import Each
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.store import read_frame
 
@@ -151,23 +152,29 @@ Images = Callable[[], list[tuple[str, str, str]]]
 """Gives name, caption and base64 of a section's pictures, once they are drawn."""
 
 
-class Drawn:
-    """The pictures of a run, drawn by the painter where there is one, while its page is written."""
+Drawings = Callable[[Path], Sequence[Drawing]]
+"""Gives the pictures of a run that are to be drawn."""
 
-    def __init__(self, out: Path, drawings: Callable[[Path], Sequence[Drawing]]) -> None:
+
+def draw(out: Path, drawings: Drawings, each: Each = map) -> list[Picture]:
+    """Draw every picture of a run."""
+    found = drawings(out)
+    list(each(lambda drawing: drawing.draw(out), found))
+    return [Picture(drawing.symbol, drawing.name, drawing.caption) for drawing in found]
+
+
+class Drawn:
+    """The pictures of a run, drawn beside this process where somebody is, while the page is written."""
+
+    def __init__(self, out: Path, drawings: Drawings) -> None:
         self.out, self._drawings = out, drawings
-        self._painted = painter.ask(out)
+        self._drawn = beside.ask("pictures", draw, out, drawings, hands=cores.available())
 
     @cached_property
-    def pictures(self) -> Sequence[Picture]:
+    def pictures(self) -> list[Picture]:
         """The pictures, once they are all on disk."""
-        painted = self._painted()
-        if painted is not None:
-            return [Picture(**one) for one in painted]
-        drawings = self._drawings(self.out)
-        for drawing in drawings:
-            drawing.draw(self.out)
-        return drawings
+        drawn = self._drawn()
+        return drawn if drawn is not None else draw(self.out, self._drawings)
 
     @property
     def files(self) -> list[Path]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
+from clusterlob_gpu import cores
 from clusterlob_gpu.config import Duration, parse_duration, read_yaml
 from clusterlob_gpu.errors import ConfigError, InputError
 from clusterlob_gpu.schema import US_PER_SECOND
@@ -448,7 +448,7 @@ def read_place(name: str | None) -> Place:
     None means threads of this process, one per core.  Raises ConfigError with the known names.
     """
     if name is None:
-        return ThreadsPlace(n_workers=os.cpu_count() or 1)
+        return ThreadsPlace(n_workers=cores.available())
     if name.isdigit() and int(name) > 0:
         return LocalPlace(n_workers=int(name))
     path = place_file(name)

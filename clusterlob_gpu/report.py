@@ -284,8 +284,8 @@ def render_run(out: Path) -> list[Path]:
     other = _PASSED_ON.get(page.read_info(out).get("experiment"))
     if other is not None:
         return other.render(out)
-    info, views = read_run(out)
     drawn = Drawn(out, drawings)
+    info, views = read_run(out)
     sections = []
     for view in views:
         sections.append(

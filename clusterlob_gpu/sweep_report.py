@@ -349,8 +349,8 @@ def render(out: Path) -> list[Path]:
     Raises InputError as `read_run`.
     """
     out = Path(out)
-    view = read_run(out)
     drawn = Drawn(out, drawings)
+    view = read_run(out)
     sections = [
         Section("All trials", findings(view), partial(drawn.images, EXPERIMENT), list(_tables(view))),
         *(_symbol_section(drawn, view, symbol) for symbol in view.symbols),

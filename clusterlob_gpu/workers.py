@@ -20,6 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from clusterlob_gpu import cores
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.errors import ClusterlobError, InputError, LakeError, TasksFailed, WorkerLostError
 from clusterlob_gpu.places import (
@@ -100,7 +101,7 @@ class Workers(Protocol):
 def open_workers(place: Place, progress: Progress) -> Iterator[Workers]:
     """The workers of a place, stopped at the end; Dask starts with the first tasks, after all checks."""
     if isinstance(place, ThreadsPlace):
-        with ThreadPoolExecutor(place.n_workers) as pool:
+        with cores.shared(place.n_workers), ThreadPoolExecutor(place.n_workers) as pool:
             yield _Threads(pool, place, progress)
         return
     assert isinstance(place, DaskPlace)
@@ -171,7 +172,7 @@ class _Threads:
         self.progress(stage, 0, len(items))
         outcomes = _Outcomes[Result](stage, len(items))
         index: dict[Future[Result], int] = {
-            self.pool.submit(function, item): i for i, item in enumerate(items)
+            self.pool.submit(cores.taking_one(function), item): i for i, item in enumerate(items)
         }
         waiting = set(index)
         try:

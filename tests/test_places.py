@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+from clusterlob_gpu import cores
 from clusterlob_gpu.errors import ClusterlobError, ConfigError, InputError
 from clusterlob_gpu.places import (
     ConnectPlace,
@@ -38,7 +38,7 @@ GPU_NOTES = Path(__file__).parents[1].parent / "shared" / "gpu" / "api_manifest.
 def test_read_place__numbers_names_and_files(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("kind: threads\nn_workers: 5\n")
-    assert read_place(None) == Place(kind="threads", n_workers=os.cpu_count() or 1)
+    assert read_place(None) == Place(kind="threads", n_workers=cores.available())
     assert read_place("3") == Place(kind="local", n_workers=3, threads_per_worker=1)
     assert read_place(str(file)) == Place(kind="threads", n_workers=5)
     assert read_place("local_cpu") == Place(kind="local", n_workers=2)

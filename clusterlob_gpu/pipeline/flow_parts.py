@@ -15,7 +15,7 @@ from fractions import Fraction
 import numpy as np
 import pandas as pd
 
-from clusterlob_gpu import controls, evaluation, flow_bars, flow_days, flow_evaluation, returns
+from clusterlob_gpu import beside, controls, cores, evaluation, flow_bars, flow_days, flow_evaluation, returns
 from clusterlob_gpu.config import FlowConfig
 from clusterlob_gpu.days import next_day, previous_day
 from clusterlob_gpu.errors import LakeError
@@ -151,11 +151,12 @@ def flow_plan(config: FlowConfig) -> flow_evaluation.FlowPlan:
 def part_tables(part: FlowPart) -> dict[str, pd.DataFrame]:
     """Result tables of a part by name: its bars as `features`, `flow_evaluation.flow_tables`, and `variants`
     where its config has some."""
-    bars = with_variants(part)
-    tables = {"features": bars} | flow_evaluation.flow_tables(bars, flow_plan(part.config))
-    if part.config.variants:
-        tables["variants"] = _variant_ics(part, bars)
-    return tables
+    bars, plan = with_variants(part), flow_plan(part.config)
+    with cores.spare(len(flow_evaluation.TABLES)) as more:
+        asked = beside.ask("tables", flow_evaluation.flow_tables, bars, plan, hands=1 + more)
+        variants = {"variants": _variant_ics(part, bars)} if part.config.variants else {}
+        tables = asked() or flow_evaluation.flow_tables(bars, plan)
+    return {"features": bars} | tables | variants
 
 
 def _variant_ics(part: FlowPart, bars: pd.DataFrame) -> pd.DataFrame:

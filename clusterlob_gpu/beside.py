@@ -1,0 +1,166 @@
+"""Processes beside this one, for what Python's lock would hold up: tables of statistics, and pictures.
+
+A command that will want them forks them before it loads Numba, so that they share what both need.  Each thing
+asked of them is done in a process that is forked for it, and may be spread over more.  Without them, or where
+they fail, the command does it alone: the results are the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from importlib import import_module
+from multiprocessing.connection import Connection
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
+
+from clusterlob_gpu import cores
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Kind = Literal["tables", "pictures"]
+
+_KINDS: dict[Kind, Callable[[], None]] = {}
+"""What a process of that kind does before it is asked anything."""
+_lines: dict[Kind, socket.socket] = {}
+"""Where they are asked, while they are there."""
+
+
+class Each(Protocol):
+    """Applies a function to every item; gives the results in order."""
+
+    def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterable[Result]: ...
+
+
+@contextmanager
+def helpers() -> Iterator[None]:
+    """Have processes beside this one during the block, where there is a core for them.
+
+    There are none either where this process has threads, which a fork would not have.
+    """
+    if cores.available() < 2 or threading.active_count() > 1:
+        yield
+        return
+    import_module("clusterlob_gpu.flow_evaluation")
+    with ExitStack() as ends:
+        begun = []
+        for kind in _KINDS:
+            ours, theirs = (ends.enter_context(end) for end in socket.socketpair())
+            process = os.fork()
+            if not process:
+                _help(kind, theirs, [ours, *_lines.values()])
+            # A group of its own, with which those that it forks are ended too.
+            with suppress(OSError):
+                os.setpgid(process, process)
+            theirs.close()
+            begun.append(process)
+            _lines[kind] = ours
+        try:
+            yield
+        finally:
+            _lines.clear()
+            for process in begun:
+                with suppress(ProcessLookupError):
+                    os.killpg(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+
+
+def ask(
+    kind: Kind, function: Callable[..., Result], *args: Any, hands: int = 1
+) -> Callable[[], Result | None]:
+    """Have `function(*args, each=...)` done beside this process, `each`, an `Each`, by so many `hands`.
+
+    What is given waits for the result; it is None where there is nobody, or where it could not be done.
+    """
+    line = _lines.get(kind)
+    if line is None:
+        return lambda: None
+    ours, theirs = socket.socketpair()
+    connection = Connection(ours.detach())
+    with theirs, suppress(OSError):  # of one that has died
+        socket.send_fds(line, [b"."], [theirs.fileno()])
+        theirs.close()
+        connection.send((function, args, hands))
+    return partial(_result, connection)
+
+
+def _result(connection: Connection) -> Any:
+    with connection, suppress(EOFError, OSError):
+        return connection.recv()
+    return None
+
+
+# ---- their side -------------------------------------------------------------------------------------
+
+
+def _help(kind: Kind, line: socket.socket, others: Sequence[socket.socket]) -> NoReturn:
+    """Do what is asked on a line until it ends, when the command has."""
+    try:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's matter, which ends this one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that are forked
+        for end in others:
+            end.close()
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):
+            os.dup2(nowhere, stream)
+        gc.disable()  # it would touch, and so copy, the memory that those that are forked share
+        _KINDS[kind]()
+        while asked := socket.recv_fds(line, 1, 1)[1]:
+            (number,) = asked
+            if os.fork() == 0:
+                line.close()
+                _do(Connection(number))
+            os.close(number)
+    finally:
+        os._exit(0)
+
+
+def _get_ready_to_draw() -> None:
+    """Load what draws, and draw something: fonts and more are loaded late."""
+    os.nice(10)  # what the command computes comes first: there is time until pictures are drawn
+    from clusterlob_gpu import flow_pictures, page, pictures, report, sweep_pictures  # noqa: F401
+
+    page.png(pictures.frame("", "", 1.0))
+
+
+_KINDS |= {"tables": lambda: None, "pictures": _get_ready_to_draw}
+
+
+def _do(connection: Connection) -> NoReturn:
+    """Do what is asked, send its result, and end the process."""
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        function, args, hands = connection.recv()
+        connection.send(function(*args, each=partial(_spread, hands)))
+    finally:
+        os._exit(0)
+
+
+_work: tuple[Callable[[Any], Any], Sequence[Any]]
+"""What those that are forked do, and of what."""
+
+
+def _spread(hands: int, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """`Each` over processes that are forked from this one."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    global _work  # they find it in the memory that they share, so that it need not be picklable
+    _work = function, list(items)
+    size = len(_work[1])
+    if min(hands, size) < 2:
+        return [_nth(number) for number in range(size)]
+    with ProcessPoolExecutor(min(hands, size), get_context("fork")) as pool:
+        return list(pool.map(_nth, range(size)))
+
+
+def _nth(number: int) -> Any:
+    function, items = _work
+    return function(items[number])
