@@ -70,29 +70,28 @@ def helpers() -> Iterator[None]:
                 os.waitpid(process, 0)
 
 
-def ask(
-    kind: Kind, function: Callable[..., Result], *args: Any, hands: int = 1
-) -> Callable[[], Result | None]:
-    """Have `function(*args, each=...)` done beside this process, `each`, an `Each`, by so many `hands`.
+def ask(kind: Kind, function: Callable[..., Result], *args: Any, hands: int = 1) -> Callable[[], Result]:
+    """Have `function(*args)` done beside this process, by so many `hands` where it takes `each`, an `Each`.
 
-    What is given waits for the result; it is None where there is nobody, or where it could not be done.
+    What is given waits for the result.  Where nobody is there, or it has failed, it is done here and then.
     """
-    line = _lines.get(kind)
+    here, line = partial(function, *args), _lines.get(kind)
     if line is None:
-        return lambda: None
+        return here
     ours, theirs = socket.socketpair()
     connection = Connection(ours.detach())
     with theirs, suppress(OSError):  # of one that has died
         socket.send_fds(line, [b"."], [theirs.fileno()])
         theirs.close()
         connection.send((function, args, hands))
-    return partial(_result, connection)
+    return partial(_result, connection, here)
 
 
-def _result(connection: Connection) -> Any:
+def _result(connection: Connection, here: Callable[[], Result]) -> Result:
     with connection, suppress(EOFError, OSError):
-        return connection.recv()
-    return None
+        result: Result = connection.recv()
+        return result
+    return here()
 
 
 # ---- their side -------------------------------------------------------------------------------------

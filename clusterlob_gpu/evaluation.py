@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from clusterlob_gpu.beside import Each
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.plain_statistics import (
     average_ranks,
@@ -355,6 +357,7 @@ def ic_table(
     width_us: int,
     draws: int = 1000,
     seed: int = 7,
+    each: Each = map,
 ) -> pd.DataFrame:
     """Information coefficients of one symbol, with what may be concluded from them.
 
@@ -363,6 +366,7 @@ def ic_table(
     panel : one row per bucket, sorted by `bucket_ts` (int64 us), with the columns of signals and targets
     width_us : length of a bucket
     draws, seed : of the block bootstrap; each target starts from the seed, so no target changes another
+    each : goes through the targets
 
     Returns
     -------
@@ -393,12 +397,11 @@ def ic_table(
     columns = list(dict.fromkeys([s.column for s in signals] + [t.column for t in targets]))
     values, ts = on_grid(panel, columns, width_us)
     grid = dict(zip(columns, values.T, strict=True))
-    rows = [
-        row
-        for target in targets
-        for row in _target_rows(grid, ts // US_PER_DAY, signals, target, width_us, draws, seed)
-    ]
-    return judge(pd.DataFrame(rows))
+
+    def rows(target: Target) -> list[dict[str, object]]:
+        return _target_rows(grid, ts // US_PER_DAY, signals, target, width_us, draws, seed)
+
+    return judge(pd.DataFrame(list(chain.from_iterable(each(rows, targets)))))
 
 
 def _target_rows(
@@ -509,7 +512,13 @@ def judge(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def cluster_ic(
-    buckets: pd.DataFrame, targets: Sequence[Target], *, width_us: int, draws: int = 1000, seed: int = 7
+    buckets: pd.DataFrame,
+    targets: Sequence[Target],
+    *,
+    width_us: int,
+    draws: int = 1000,
+    seed: int = 7,
+    each: Each = map,
 ) -> pd.DataFrame:
     """`ic_table` of every cluster's order flow imbalances, for all symbols of a run.
 
@@ -527,7 +536,7 @@ def cluster_ic(
     tables = []
     for symbol, mine in buckets.groupby("symbol", sort=True):
         panel = _wide(mine, clusters, targets)
-        table = ic_table(panel, signals, targets, width_us=width_us, draws=draws, seed=seed)
+        table = ic_table(panel, signals, targets, width_us=width_us, draws=draws, seed=seed, each=each)
         parts = table["signal"].str.rsplit(":", n=1, expand=True)
         table = table.assign(signal=parts[0], benchmark=parts[0])
         table.insert(0, "cluster", parts[1].astype("int64"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import pandas as pd
 
@@ -65,6 +65,14 @@ TABLES = (
 _MARKET_RETURN = re.compile(r".+_ret_\d+[a-z]+")
 
 
+class Sampling(TypedDict):
+    """How every table with resamples is made."""
+
+    width_us: int
+    draws: int
+    seed: int
+
+
 @dataclass(frozen=True)
 class FlowPlan:
     """What is asked of the bars."""
@@ -86,7 +94,7 @@ class FlowPlan:
         return [Target(name, name, h) for name, h in names]
 
     @property
-    def sampling(self) -> dict[str, int]:
+    def sampling(self) -> Sampling:
         return {"width_us": self.width_us, "draws": self.draws, "seed": self.seed}
 
 
@@ -161,13 +169,14 @@ def judge_tables(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     return {name: judges[name](table) if name in judges else table for name, table in tables.items()}
 
 
-def flow_ic(bars: pd.DataFrame, plan: FlowPlan) -> pd.DataFrame:
+def flow_ic(bars: pd.DataFrame, plan: FlowPlan, each: Each = map) -> pd.DataFrame:
     """The `ic` table of `flow_tables` alone."""
     tables = []
     for symbol, mine in bars.groupby("symbol", sort=True):
         panel = _panel(mine)
         signals = flow_signals(list(panel.columns), plan.width_us)
-        tables.append(_with_symbol(ic_table(panel, signals, plan.targets, **plan.sampling), str(symbol)))
+        table = ic_table(panel, signals, plan.targets, each=each, **plan.sampling)
+        tables.append(_with_symbol(table, str(symbol)))
     return judge(pd.concat(tables, ignore_index=True))
 
 

@@ -167,14 +167,13 @@ class Drawn:
     """The pictures of a run, drawn beside this process where somebody is, while the page is written."""
 
     def __init__(self, out: Path, drawings: Drawings) -> None:
-        self.out, self._drawings = out, drawings
+        self.out = out
         self._drawn = beside.ask("pictures", draw, out, drawings, hands=cores.available())
 
     @cached_property
     def pictures(self) -> list[Picture]:
         """The pictures, once they are all on disk."""
-        drawn = self._drawn()
-        return drawn if drawn is not None else draw(self.out, self._drawings)
+        return self._drawn()
 
     @property
     def files(self) -> list[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import Any
 
 from clusterlob_gpu.beside import Each
 
@@ -15,17 +14,25 @@ def numbers(each: Each = map) -> list[tuple[int, int]]:
     return list(each(lambda n: (n * n, os.getpid()), range(6)))
 
 
-def in_turn(number: int, each: Each = map) -> int:
+COMMAND = os.getpid()
+
+
+def in_turn(number: int, each: Each = map) -> tuple[int, bool]:
+    """The number, 0 only after a while, and whether it comes from the command itself."""
     time.sleep(0.3 if number == 0 else 0)
-    return number
+    return number, os.getpid() == COMMAND
 
 
-def failing(each: Each = map) -> None:
-    raise ValueError
+def dying(how: str, command: int, each: Each = map) -> str:
+    """Fails, or kills a process, unless that is the command."""
 
-
-def dying(how: str, each: Each = map) -> Any:
     def die(_: int) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+        if os.getpid() != command:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    return die(0) if how == "itself" else each(die, range(2))
+    if how == "fails" and os.getpid() != command:
+        raise ValueError
+    if how == "dies":
+        die(0)
+    list(each(die, range(2)))
+    return "done"

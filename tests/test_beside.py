@@ -6,15 +6,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pandas as pd
 import psutil
 import pytest
-from asked import dying, failing, in_turn, numbers
+from asked import dying, in_turn, numbers
 from test_flow_evaluation import made_bars, plan
 from test_report import make_run
 
@@ -55,7 +55,6 @@ def files(out: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("hands", [1, 2])
 def test_ask__is_done_by_others(there: None, kind: beside.Kind, hands: int) -> None:
     found = beside.ask(kind, numbers, hands=hands)()
-    assert found is not None
     assert [square for square, _ in found] == [0, 1, 4, 9, 16, 25]
     assert os.getpid() not in {who for _, who in found}
 
@@ -63,25 +62,23 @@ def test_ask__is_done_by_others(there: None, kind: beside.Kind, hands: int) -> N
 def test_ask__answers_are_told_apart(there: None) -> None:
     """Answered in another order than asked, one of them never waited for."""
     asked = [beside.ask("tables", in_turn, number) for number in range(4)]
-    assert [asked[number]() for number in (3, 0, 2)] == [3, 0, 2]
+    assert [asked[number]() for number in (3, 0, 2)] == [(3, False), (0, False), (2, False)]
 
 
-@pytest.mark.parametrize(
-    ("function", "args"),
-    [(failing, ()), (dying, ("itself",)), (dying, ("a hand",))],
-    ids=["fails", "dies", "hand_dies"],
-)
-def test_ask__what_fails_is_left_to_the_command(there: None, function: Callable[..., Any], args: Any) -> None:
-    assert beside.ask("tables", function, *args, hands=2)() is None
-    assert beside.ask("tables", in_turn, 7)() == 7
+@pytest.mark.parametrize("how", ["fails", "dies", "a hand dies"])
+def test_ask__what_fails_is_done_by_the_command(there: None, how: str) -> None:
+    assert beside.ask("tables", dying, how, os.getpid(), hands=2)() == "done"
+    assert beside.ask("tables", in_turn, 7)() == (7, False)
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_ask__of_one_that_has_died(there: None, when: str) -> None:
-    assert beside.ask("tables", in_turn, 1)() == 1
+    assert beside.ask("tables", in_turn, 1)() == (1, False)
     waiting = beside.ask("tables", in_turn, 0)
-    os.killpg(mine()[0].pid, signal.SIGKILL)
-    assert (waiting if when == "meanwhile" else beside.ask("tables", in_turn, 1))() is None
+    for process in psutil.Process().children():
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (waiting if when == "meanwhile" else beside.ask("tables", in_turn, 0))() == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +91,7 @@ def test_helpers__need_a_core_of_their_own_and_no_threads(
 ) -> None:
     monkeypatch.setattr(where, what, lambda: number)
     with beside.helpers():
-        assert beside.ask("tables", in_turn, 1)() is None
+        assert beside.ask("tables", in_turn, 1)() == (1, True)
 
 
 def test_helpers__end_with_all_that_they_have_begun(able: None) -> None:
@@ -105,7 +102,7 @@ def test_helpers__end_with_all_that_they_have_begun(able: None) -> None:
         begun = set(mine()) - before
         assert begun
     assert not psutil.wait_procs(begun, timeout=10)[1]
-    assert beside.ask("tables", in_turn, 1)() is None
+    assert beside.ask("tables", in_turn, 1)() == (1, True)
 
 
 def test_helpers__end_when_the_command_was_killed(able: None, tmp_path: Path) -> None:
@@ -133,7 +130,6 @@ def test_tables__are_the_same(there: None) -> None:
     alone = flow_evaluation.flow_tables(table, plan())
     for hands in (1, 3):
         found = beside.ask("tables", flow_evaluation.flow_tables, table, plan(), hands=hands)()
-        assert found is not None
         assert list(found) == list(alone) == list(flow_evaluation.TABLES)
         for name, one in alone.items():
             pd.testing.assert_frame_equal(found[name], one, check_exact=True)
@@ -160,7 +156,6 @@ def test_pictures__that_fail_are_left_to_the_command(tmp_path: Path, there: None
     """A file where the folder of the pictures should be: the command is the one to say so."""
     out = make_run(tmp_path / "run")
     (out / "plots").write_text("")
-    assert beside.ask("pictures", draw, out, drawings, hands=2)() is None
     with pytest.raises(FileExistsError):
         render_run(out)
 

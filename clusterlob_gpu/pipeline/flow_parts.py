@@ -153,10 +153,16 @@ def part_tables(part: FlowPart) -> dict[str, pd.DataFrame]:
     where its config has some."""
     bars, plan = with_variants(part), flow_plan(part.config)
     with cores.spare(len(flow_evaluation.TABLES)) as more:
-        asked = beside.ask("tables", flow_evaluation.flow_tables, bars, plan, hands=1 + more)
+        tables = beside.ask("tables", flow_evaluation.flow_tables, bars, plan, hands=1 + more)
         variants = {"variants": _variant_ics(part, bars)} if part.config.variants else {}
-        tables = asked() or flow_evaluation.flow_tables(bars, plan)
-    return {"features": bars} | tables | variants
+        return {"features": bars} | tables() | variants
+
+
+def part_ic(part: FlowPart) -> pd.DataFrame:
+    """The `ic` table of a part alone."""
+    bars, plan = part_bars(part), flow_plan(part.config)
+    with cores.spare(len(plan.targets) - 1) as more:
+        return beside.ask("tables", flow_evaluation.flow_ic, bars, plan, hands=1 + more)()
 
 
 def _variant_ics(part: FlowPart, bars: pd.DataFrame) -> pd.DataFrame:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from clusterlob_gpu import bars, cluster_days, clustering, days, evaluation, returns
+from clusterlob_gpu import bars, beside, cluster_days, clustering, cores, days, evaluation, returns
 from clusterlob_gpu.cluster_days import FitJob, Fitted, LabelJob, LabelledDay, Labelling, TrainDay
 from clusterlob_gpu.clustering import Model
 from clusterlob_gpu.config import ClusterConfig, format_duration
@@ -397,7 +398,10 @@ def _fit_row(model: Model, window: Window) -> dict[str, Any]:
 
 def ic_of(config: ClusterConfig, buckets: pd.DataFrame, centroids: pd.DataFrame) -> pd.DataFrame:
     """`evaluation.cluster_ic` with the clusters' names, corrected over the symbols of the table."""
-    table = evaluation.cluster_ic(buckets, _targets(config), width_us=config.bucket, seed=config.seed)
+    make = partial(evaluation.cluster_ic, width_us=config.bucket, seed=config.seed)
+    targets = _targets(config)
+    with cores.spare(len(targets) - 1) as more:
+        table = beside.ask("tables", make, buckets, targets, hands=1 + more)()
     pooled = _pooled(centroids).drop(columns="label_other")
     table = table.merge(pooled, on=["symbol", "cluster"], how="left").fillna({"label": "all"})
     # Beyond the named roles a number may stand for other trades in every window.

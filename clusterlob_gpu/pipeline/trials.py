@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 
-from clusterlob_gpu import flow_evaluation
 from clusterlob_gpu.days import symbol_folder
 from clusterlob_gpu.errors import ClusterlobError, TasksFailed
 from clusterlob_gpu.pipeline import flow_parts, parts
@@ -111,7 +110,7 @@ def evaluate(part: Part | FlowPart) -> Evaluated:
 
 def _ic(part: Part | FlowPart) -> pd.DataFrame:
     if isinstance(part, FlowPart):
-        return flow_evaluation.flow_ic(flow_parts.part_bars(part), flow_parts.flow_plan(part.config))
+        return flow_parts.part_ic(part)
     return _tables(part)["ic"]
 
 
