@@ -5,10 +5,8 @@ Exit codes: 0 done, 1 the job failed, 2 bad usage, config or input.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
-import platform
 import signal
 import sys
 import time
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clusterlob_gpu import __version__
+from clusterlob_gpu import __version__, heap
 from clusterlob_gpu.errors import ClusterlobError, InputError
 
 if TYPE_CHECKING:
@@ -36,8 +34,6 @@ if TYPE_CHECKING:
 
 _YOUNG_OBJECTS = 100_000
 """Objects made before Python looks for garbage: its usual thousand make loading a tenth slower."""
-_MALLOC = {-8: 1, -3: 32 << 20, -1: (1 << 31) - 1}
-"""glibc's M_ARENA_MAX; M_MMAP_THRESHOLD, the most that it takes; M_TRIM_THRESHOLD, never in effect."""
 _DAY = click.DateTime(["%Y-%m-%d"])
 
 _PAGE_WIDTH = 150
@@ -50,8 +46,7 @@ def main() -> None:
     gc.set_threshold(_YOUNG_OBJECTS)
     # Matrices are small: threads would wait for each other.  Dask sets the same for its workers.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # Arrow's allocator would give memory back too, see `_keep_memory`.
-    os.environ.setdefault("MIMALLOC_PURGE_DELAY", "-1")
+    heap.keep()
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
@@ -115,24 +110,11 @@ def _draws(command: Callable[..., None]) -> Callable[..., None]:
     def run(**options: Any) -> None:
         from clusterlob_gpu.beside import helpers
 
-        _keep_memory()
         with nullcontext() if options.get("dry_run") else helpers():
             _load_numba()
             command(**options)
 
     return run
-
-
-def _keep_memory() -> None:
-    """Have glibc keep the memory that one day's arrays leave for those of the next.
-
-    It would give it back, and the system would clear every page anew, which takes as long as a pass over it.
-    Threads have one heap then, so that one uses what another has freed.  Elsewhere nothing changes.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in _MALLOC.items():
-            mallopt(option, value)
 
 
 def _load_numba() -> None:

@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from clusterlob_gpu import cores
+from clusterlob_gpu import cores, heap
 from clusterlob_gpu.config import format_duration
 from clusterlob_gpu.errors import ClusterlobError, InputError, LakeError, TasksFailed, WorkerLostError
 from clusterlob_gpu.places import (
@@ -244,6 +244,8 @@ class _Dask:
             "distributed.scheduler.allowed-failures": self.place.allowed_failures,
             # A worker holds no more tasks than it runs: one that dies takes no waiting task down with it.
             "distributed.scheduler.worker-saturation": 1.0,
+            # Local workers keep their memory as this process does, whose environment they have.
+            **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in heap.AT_START.items()},
             # The client does not set CUDF_SPILL, since it computes nothing.
             "cudf-spill-warning": False,
         }
