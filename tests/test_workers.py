@@ -350,7 +350,7 @@ class Scheduler:
         self.scheduler = self.start(
             "scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", str(file), *protocol
         )
-        wait_until(file.exists)
+        wait_until(lambda: file.exists() and file.read_text().endswith("}"))  # not while it is written
         self.address: str = json.loads(file.read_text())["address"]
 
     def start(self, what: str, *arguments: str, path: str = "") -> subprocess.Popen[bytes]:
