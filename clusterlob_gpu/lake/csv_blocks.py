@@ -11,17 +11,18 @@ import csv
 import gzip
 import re
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
+from isal import igzip, igzip_lib
 
 from clusterlob_gpu.errors import LakeError
 
@@ -29,6 +30,7 @@ BLOCK_BYTES = 4 << 20
 LONGEST_LINE = 1 << 20
 
 _GZIP_MAGIC = b"\x1f\x8b"
+_DAMAGE = (EOFError, OSError, cast(type[Exception], igzip_lib.IsalError))
 _ARROW_COLUMN = re.compile(r"In CSV column #(?P<column>\d+): (?:Row #\d+: )?(?P<what>.*)")
 
 
@@ -54,7 +56,7 @@ def read_header(path: Path) -> list[str]:
     with _open(path) as file:
         try:
             line = file.readline(LONGEST_LINE)
-        except (EOFError, OSError, zlib.error) as error:
+        except _DAMAGE as error:
             raise _broken(path, error) from None
     try:
         names = next(csv.reader([line.decode("utf-8-sig").rstrip("\r\n")]), [])
@@ -168,18 +170,18 @@ def _texts(path: Path) -> Iterator[bytes]:
                     raise LakeError(
                         f"{path}: a line is longer than {LONGEST_LINE} bytes; is this a CSV file?"
                     )
-        except (EOFError, OSError, zlib.error) as error:
+        except _DAMAGE as error:
             raise _broken(path, error) from None
         if rest:
             yield rest
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path, unpack: Callable[[Path, str], Any] = igzip.open) -> BinaryIO:
     """By content, not by name: a browser may have unpacked a `.gz` on its way."""
     try:
         with path.open("rb") as file:
             packed = file.read(2) == _GZIP_MAGIC
-        return cast(BinaryIO, gzip.open(path, "rb") if packed else path.open("rb"))
+        return cast(BinaryIO, unpack(path, "rb") if packed else path.open("rb"))
     except OSError as error:
         raise LakeError(f"{path}: cannot be opened ({error.strerror}); check the path") from None
 
@@ -190,9 +192,12 @@ def _broken(path: Path, error: Exception) -> LakeError:
 
 
 def _readable_lines(path: Path) -> int:
-    """Complete lines before the damage; a block that fails takes its good start with it, so read again."""
+    """Complete lines before the damage; a block that fails takes its good start with it, so read again.
+
+    By zlib, which gives small pieces.
+    """
     lines = 0
-    with _open(path) as file, suppress(EOFError, OSError, zlib.error):
+    with _open(path, gzip.open) as file, suppress(EOFError, OSError, zlib.error):
         while chunk := cast(gzip.GzipFile, file).read1(1 << 16):
             lines += chunk.count(b"\n")
     return lines
