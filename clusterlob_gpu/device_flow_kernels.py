@@ -1,8 +1,7 @@
 """The passes of `flow_kernels` on the GPU, over CuPy arrays: same names, same arguments, same results.
 
 The arithmetic of a row is that of `flow_kernels`, compiled for the device (`scalar`).  Everything is a
-count, an integer sum or a choice of integers, so results are exact in any order.  Rows lie in the bars of
-their day: none comes before its start.
+count, an integer sum or a choice of integers, so results are exact in any order.
 
 Imported only where a GPU, or Numba's simulator of one, is there.
 """
@@ -14,7 +13,7 @@ import numpy as np
 from numba import cuda, int64
 
 from clusterlob_gpu import device_kernels, flow_kernels
-from clusterlob_gpu.device_kernels import bucket_edges, grid, on_device
+from clusterlob_gpu.device_kernels import grid, on_device
 from clusterlob_gpu.flow_kernels import GROUP, N_LARGEST
 
 TEAM = 128
@@ -252,35 +251,34 @@ def _blocks(n_bars):
     return n_bars, max(1, MOST_BLOCKS // n_bars)
 
 
-def bar_prices(ts, price, qty, start, width, prices, size):
+def bar_prices(edges, price, qty, prices, size):
     """`flow_kernels.bar_prices`."""
     found = cupy.zeros((len(size), 6), np.int64)
     found[:, 1], found[:, 2] = _LEAST, _MOST
-    _bar_prices[_blocks(len(size)), TEAM](bucket_edges(ts, start, width, len(size)), price, qty, found)
+    _bar_prices[_blocks(len(size)), TEAM](cupy.asarray(edges), price, qty, found)
     found = cupy.asnumpy(found)
     traded = found[:, 1] >= found[:, 2]
     prices[traded] = found[traded, :4]
     size += found[:, 4:]
 
 
-def bar_largest(ts, notional, start, width, largest):
+def bar_largest(edges, notional, largest):
     """`flow_kernels.bar_largest`."""
     n_bars = len(largest)
     found = cupy.empty((*_blocks(n_bars), N_LARGEST), np.int64)
-    _bar_largest[_blocks(n_bars), TEAM](bucket_edges(ts, start, width, n_bars), notional, found)
+    _bar_largest[_blocks(n_bars), TEAM](cupy.asarray(edges), notional, found)
     found = cupy.asnumpy(found).reshape(n_bars, -1)
     largest[:] = np.sort(found)[:, : -1 - N_LARGEST : -1]
 
 
-def class_flow(ts, side, notional, start, width, least, most, count, sums):
+def class_flow(edges, side, notional, least, most, count, sums):
     """`flow_kernels.class_flow`."""
     n_classes, n_bars = count.shape
     if n_classes == 0:
         return
     found = cupy.zeros((n_classes, n_bars, 7), np.int64)
-    bounds = cupy.asarray(least), cupy.asarray(most)
-    edges = bucket_edges(ts, start, width, n_bars)
-    _class_flow[(*_blocks(n_bars), n_classes), TEAM](edges, side, notional, *bounds, found)
+    edges, least, most = cupy.asarray(edges), cupy.asarray(least), cupy.asarray(most)
+    _class_flow[(*_blocks(n_bars), n_classes), TEAM](edges, side, notional, least, most, found)
     found = cupy.asnumpy(found)
     count += found[..., 0]
     sums += found[..., 1:].reshape(sums.shape)

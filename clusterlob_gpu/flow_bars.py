@@ -125,29 +125,36 @@ class DayBars:
     """(n_bars, 5) int64: largest notionals, falling."""
 
 
+def bar_edges(ts: Any, *, start: int, width: int, on: Backend = CPU) -> np.ndarray:
+    """(n_bars + 1,) int64: rows of the day that begins at `start`, in order of time, before each bar and
+    before its end: bar b has the rows edges[b] to edges[b + 1] - 1.
+    """
+    times = start + width * np.arange(US_PER_DAY // width + 1, dtype=np.int64)
+    return on.to_host(on.xp.searchsorted(ts, on.xp.asarray(times))).astype(np.int64)
+
+
 def day_bars(trades: Trades, takers: Takers, *, start: int, width: int, on: Backend = CPU) -> DayBars:
     """Sum the day that begins at `start` into bars of `width` us: prices and sizes of its trades, and
     counts and notionals of its takers, which are the trades again or their orders.
     """
-    n_bars = US_PER_DAY // width
+    edges, n_bars = bar_edges(trades.ts, start=start, width=width, on=on), US_PER_DAY // width
     prices, size = np.zeros((n_bars, 4), np.int64), np.zeros((n_bars, 2), np.int64)
-    on.flow_kernels.bar_prices(trades.ts, trades.price, trades.qty, start, width, prices, size)
+    on.flow_kernels.bar_prices(edges, trades.price, trades.qty, prices, size)
+    edges = bar_edges(takers.ts, start=start, width=width, on=on)
     everything = np.zeros((1, n_bars), np.int64), np.full((1, n_bars), NEVER_LARGE)
-    count, notional = _class_flow(takers, *everything, start, width, on)
+    count, notional = _class_flow(edges, takers.side, takers.notional, *everything, on)
     largest = np.zeros((n_bars, N_LARGEST), np.int64)
-    on.flow_kernels.bar_largest(takers.ts, takers.notional, start, width, largest)
+    on.flow_kernels.bar_largest(edges, takers.notional, largest)
     return DayBars(prices, size, count[0], notional[0], largest)
 
 
 def _class_flow(
-    takers: Takers, least: np.ndarray, most: np.ndarray, start: int, width: int, on: Backend
+    edges: np.ndarray, side: Any, notional: Any, least: np.ndarray, most: np.ndarray, on: Backend
 ) -> tuple[np.ndarray, np.ndarray]:
     """Counts and notionals of classes of sizes, each [least, most] per bar: `flow_kernels.class_flow`."""
-    count, notional = np.zeros(least.shape, np.int64), np.zeros((*least.shape, 3, 2), np.int64)
-    on.flow_kernels.class_flow(
-        takers.ts, takers.side, takers.notional, start, width, least, most, count, notional
-    )
-    return count, notional
+    count, sums = np.zeros(least.shape, np.int64), np.zeros((*least.shape, 3, 2), np.int64)
+    on.flow_kernels.class_flow(edges, side, notional, least, most, count, sums)
+    return count, sums
 
 
 @dataclass(frozen=True)
@@ -167,24 +174,25 @@ Bounds = tuple[np.ndarray, np.ndarray]
 
 
 def day_classes(
-    takers: Takers, bounds: Sequence[Bounds], *, start: int, width: int, on: Backend = CPU
+    edges: np.ndarray, side: Any, notional: Any, bounds: Sequence[Bounds], *, on: Backend = CPU
 ) -> list[DayClasses]:
     """Split a day's flow by size under each of many bounds, in one pass.
 
-    Large if notional >= large_from, small if notional <= small_to.  Bounds come from `thresholds.Cuts`;
-    where either is null the bar's classes are.
+    `edges` are those of the bars (`bar_edges`), `side` and `notional` as in `Takers`.  Large if
+    notional >= large_from, small if notional <= small_to.  Bounds come from `thresholds.Cuts`; where
+    either is null the bar's classes are.
     """
-    n_bars = US_PER_DAY // width
+    n_bars = len(edges) - 1
     large_from, small_to = np.array(bounds, np.int64).reshape(-1, 2, n_bars).transpose(1, 0, 2)
     least = np.concatenate([large_from, np.zeros_like(small_to)])
     most = np.concatenate([np.full_like(large_from, NEVER_LARGE), small_to])
     # Settings share bounds: of one window and quantile, a class is summed once.
     classes, place = np.unique(np.hstack([least, most]), axis=0, return_inverse=True)
-    count, notional = _class_flow(takers, classes[:, :n_bars], classes[:, n_bars:], start, width, on)
+    count, sums = _class_flow(edges, side, notional, classes[:, :n_bars], classes[:, n_bars:], on)
     pairs = place.reshape(2, -1).T
     known = (large_from != NEVER_LARGE) & (small_to != NEVER_SMALL)
     return [
-        DayClasses(count[pair].T, notional[pair].swapaxes(0, 1), there)
+        DayClasses(count[pair].T, sums[pair].swapaxes(0, 1), there)
         for pair, there in zip(pairs, known, strict=True)
     ]
 

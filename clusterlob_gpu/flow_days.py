@@ -112,9 +112,11 @@ def reduce_trades(task: TradeTask) -> TradeDay:
         trades, takers = _takers(task)
         sizes = _sizes(task, takers)
         bars = flow_bars.day_bars(trades, takers, **_cut(job), on=on)
+        edges = {"edges": flow_bars.bar_edges(takers.ts, **_cut(job), on=on)}
         job.require_unchanged("trades", artefact)
         on.keep(folder, artefact.address, _per_taker(takers, sizes))
-        save_columns(folder, **{name: getattr(sizes, name) for name in _EDGES}, **_columns(bars, "bar_"))
+        edges |= {name: getattr(sizes, name) for name in _WINDOWS}
+        save_columns(folder, **edges, **_columns(bars, "bar_"))
         unknown = int(on.xp.count_nonzero(trades.side > SIDE_SELL))
         return {"trades": len(trades.ts), "takers": len(takers.ts), "unknown": unknown}
 
@@ -144,13 +146,14 @@ def _sizes(task: TradeTask, takers: Takers) -> Sizes:
     return thresholds.day_sizes(takers.ts, takers.notional, **_cut(job), windows=windows, on=job.on)
 
 
-_EDGES = ("totals", "times", "rows")
+_WINDOWS = ("totals", "times", "rows")
 """The parts of `Sizes` that do not grow with the day; the others are columns."""
-_PER_TAKER = ("ts", "side", "notional", "bins")
+_PER_TAKER = ("side", "notional", "bins")
+"""What grows with the day.  Times are told by the edges of bars and of windows."""
 
 
 def _per_taker(takers: Takers, sizes: Sizes) -> Columns:
-    return dict(zip(_PER_TAKER, (takers.ts, takers.side, takers.notional, sizes.bins), strict=True))
+    return dict(zip(_PER_TAKER, (takers.side, takers.notional, sizes.bins), strict=True))
 
 
 def _kept(job: FlowDay, folder: Path, day: TradeDay) -> Columns:
@@ -247,7 +250,7 @@ def _sized(task: BarJob, store: Store) -> tuple[dict[int, Cuts], list[DayClasses
         day_start_us(day): Sizes(
             columns["notional"],
             columns["bins"],
-            **{name: load_column(folders[day], name) for name in _EDGES},
+            **{name: load_column(folders[day], name) for name in _WINDOWS},
         )
         for day, columns in held.items()
     }
@@ -256,8 +259,8 @@ def _sized(task: BarJob, store: Store) -> tuple[dict[int, Cuts], list[DayClasses
         (cuts[window].large_from(_exact(large)), cuts[window].small_to(_exact(small)))
         for window, large, small in config.settings
     ]
-    takers = Takers(*(held[job.day][name] for name in ("ts", "side", "notional")))
-    return cuts, flow_bars.day_classes(takers, bounds, **_cut(job), on=job.on)
+    edges, own = load_column(folders[job.day], "edges"), held[job.day]
+    return cuts, flow_bars.day_classes(edges, own["side"], own["notional"], bounds, on=job.on)
 
 
 def _exact(quantile: float) -> Fraction:

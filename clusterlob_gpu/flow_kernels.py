@@ -13,8 +13,6 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from clusterlob_gpu.kernels import last_upto
-
 SUB_BITS = 10
 """Bits that one level of bins resolves: 2^10 bins per power of two, then 2^10 per bin."""
 
@@ -240,20 +238,14 @@ def merge_orders(ts, ts_exch, side, trade_id, notional, start, width, out_ts, ou
 
 
 @_pass
-def _bar_end(ts, first, end):
-    """Number of the first row at or after a time, from row `first` on."""
-    return last_upto(ts, end - 1, first, len(ts)) + 1
-
-
-@_pass
-def bar_prices(ts, price, qty, start, width, prices, size):
+def bar_prices(edges, price, qty, prices, size):
     """First, highest, lowest and last price, and size, per bar of trades in order of time.
 
-    Writes `prices` (n_bars, 4) of the bars where anything traded, and adds to `size` (n_bars, 2) in halves.
+    Bar b has the rows edges[b] to edges[b + 1] - 1, as in the passes below.  Writes `prices` (n_bars, 4)
+    of the bars where anything traded, and adds to `size` (n_bars, 2) in halves.
     """
-    stop = 0
     for b in range(len(size)):
-        first, stop = stop, _bar_end(ts, stop, start + (b + 1) * width)
+        first, stop = edges[b], edges[b + 1]
         if first == stop:
             continue
         highest, lowest, high, low = extent(price, qty, first, stop, 1)
@@ -268,31 +260,27 @@ def bar_prices(ts, price, qty, start, width, prices, size):
 
 
 @_pass
-def bar_largest(ts, notional, start, width, largest):
-    """Largest notionals per bar of rows in order of time: `largest` (n_bars, N_LARGEST), falling.
+def bar_largest(edges, notional, largest):
+    """Largest notionals per bar: `largest` (n_bars, N_LARGEST), falling.
 
     `largest` holds 0, and still does so where there are fewer.
     """
-    stop = 0
     for b in range(len(largest)):
-        first, stop = stop, _bar_end(ts, stop, start + (b + 1) * width)
-        for i in range(first, stop):
+        for i in range(edges[b], edges[b + 1]):
             insert(largest[b], notional[i])
 
 
 @_pass
-def class_flow(ts, side, notional, start, width, least, most, count, sums):
-    """Count and notional by side of each class of sizes, per bar of rows in order of time.
+def class_flow(edges, side, notional, least, most, count, sums):
+    """Count and notional by side of each class of sizes, per bar.
 
     Class c of bar b has the rows with least[c, b] <= notional <= most[c, b]; a row may be in many.  Adds to
     `count` (n_classes, n_bars) and to `sums` (n_classes, n_bars, 3, 2): buys, sells and unknown in halves.
     """
-    stop = 0
     for b in range(count.shape[1]):
-        first, stop = stop, _bar_end(ts, stop, start + (b + 1) * width)
         for c in range(len(count)):
             n, buy_high, buy_low, sell_high, sell_low, other_high, other_low = class_sums(
-                side, notional, first, stop, 1, least[c, b], most[c, b]
+                side, notional, edges[b], edges[b + 1], 1, least[c, b], most[c, b]
             )
             count[c, b] += n
             sums[c, b, 0, 0] += buy_high

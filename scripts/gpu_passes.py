@@ -234,12 +234,16 @@ def _orders(d: Columns) -> Sequence[Any]:
     return d.ts, d.ts_exch, d.side, d.trade_id, d.notional, 0, BAR, *out
 
 
+def _edges(d: Columns) -> np.ndarray:
+    return np.searchsorted(d.host("ts"), BAR * np.arange(d.bars + 1)).astype(np.int64)
+
+
 def _prices(d: Columns) -> Sequence[Any]:
-    return d.ts, d.price, d.qty, 0, BAR, np.zeros((d.bars, 4), np.int64), np.zeros((d.bars, 2), np.int64)
+    return _edges(d), d.price, d.qty, np.zeros((d.bars, 4), np.int64), np.zeros((d.bars, 2), np.int64)
 
 
 def _largest(d: Columns) -> Sequence[Any]:
-    return d.ts, d.notional, 0, BAR, np.zeros((d.bars, N_LARGEST), np.int64)
+    return _edges(d), d.notional, np.zeros((d.bars, N_LARGEST), np.int64)
 
 
 def _classes(d: Columns) -> Sequence[Any]:
@@ -249,7 +253,7 @@ def _classes(d: Columns) -> Sequence[Any]:
         np.repeat(np.array([each]).T, d.bars, 1) for each in ([0, large, 0], [2**62, 2**62, small])
     )
     sums = np.zeros((3, d.bars), np.int64), np.zeros((3, d.bars, 3, 2), np.int64)
-    return d.ts, d.side, d.notional, 0, BAR, least, most, *sums
+    return _edges(d), d.side, d.notional, least, most, *sums
 
 
 PASSES = (

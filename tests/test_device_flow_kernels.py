@@ -198,16 +198,15 @@ def test_bar_sums(gpu: Backend, seed: int, n: int) -> None:
     most[1, 1] = NEVER_SMALL
 
     def work(on: Backend, columns: Columns) -> Sequence[Any]:
-        ts, side, notional = (columns[name] for name in ("ts", "side", "notional"))
+        side, notional = columns["side"], columns["notional"]
+        edges = flow_bars.bar_edges(columns["ts"], start=0, width=WIDTH, on=on)
         prices, size = np.zeros((N_BARS, 4), np.int64), np.ones((N_BARS, 2), np.int64)
-        on.flow_kernels.bar_prices(ts, columns["price"], columns["qty"], 0, WIDTH, prices, size)
+        on.flow_kernels.bar_prices(edges, columns["price"], columns["qty"], prices, size)
         largest = np.zeros((N_BARS, N_LARGEST), np.int64)
-        on.flow_kernels.bar_largest(ts, notional, 0, WIDTH, largest)
+        on.flow_kernels.bar_largest(edges, notional, largest)
         count, sums = np.ones((4, N_BARS), np.int64), np.ones((4, N_BARS, 3, 2), np.int64)
-        on.flow_kernels.class_flow(ts, side, notional, 0, WIDTH, least, most, count, sums)
-        none = on.flow_kernels.class_flow(
-            ts, side, notional, 0, WIDTH, least[:0], most[:0], count[:0], sums[:0]
-        )
+        on.flow_kernels.class_flow(edges, side, notional, least, most, count, sums)
+        none = on.flow_kernels.class_flow(edges, side, notional, least[:0], most[:0], count[:0], sums[:0])
         return prices, size, largest, count, sums, none
 
     equal(gpu, work, fills(n, seed))
@@ -237,9 +236,10 @@ def test_flow_bars(gpu: Backend, unit: str) -> None:
     def work(on: Backend, columns: Columns) -> Sequence[Any]:
         trades, takers = takers_of(columns, unit, on)
         bars = flow_bars.day_bars(trades, takers, start=0, width=WIDTH, on=on)
-        classes = flow_bars.day_classes(takers, bounds, start=0, width=WIDTH, on=on)
+        edges = flow_bars.bar_edges(takers.ts, start=0, width=WIDTH, on=on)
+        classes = flow_bars.day_classes(edges, takers.side, takers.notional, bounds, on=on)
         parts = [getattr(each, part.name) for each in (bars, *classes) for part in fields(each)]
-        return [*parts, len(flow_bars.day_classes(takers, [], start=0, width=WIDTH, on=on))]
+        return [*parts, len(flow_bars.day_classes(edges, takers.side, takers.notional, [], on=on))]
 
     for seed, n in NUMBERED:
         equal(gpu, work, small_fills(n, seed))

@@ -27,6 +27,7 @@ from clusterlob_gpu.flow_bars import (
     BAR_COLUMNS,
     CLASS_COLUMNS,
     Takers,
+    bar_edges,
     bar_table,
     day_bars,
     day_classes,
@@ -90,7 +91,8 @@ def table_of(fills: Sequence[Fill], held: Sequence[int], wanted: Sequence[int], 
         trades, takers = days[day]
         bars = day_bars(trades, takers, start=start, width=rule.width)
         bounds = [(cuts.large_from(Q85), cuts.small_to(Q50))]
-        classes = day_classes(takers, bounds, start=start, width=rule.width)[0]
+        edges = bar_edges(takers.ts, start=start, width=rule.width)
+        classes = day_classes(edges, takers.side, takers.notional, bounds)[0]
         tables.append(bar_table(bars, classes, start=start, width=rule.width, **UNITS))
     return pd.concat(tables, ignore_index=True)
 
@@ -218,7 +220,8 @@ def one_day(fills: Sequence[Fill], large_from: int, small_to: int, unit: str = "
     rule = Rule(unit, width, ThresholdRule(width, (DAY,), (Q85, Q50)))
     trades, takers = takers_of(fills, 0, rule)
     bounds = np.full(2, large_from), np.full(2, small_to)
-    classes = day_classes(takers, [bounds], start=0, width=width)[0]
+    edges = bar_edges(takers.ts, start=0, width=width)
+    classes = day_classes(edges, takers.side, takers.notional, [bounds])[0]
     return bar_table(day_bars(trades, takers, start=0, width=width), classes, start=0, width=width, **UNITS)
 
 
@@ -441,7 +444,8 @@ def test_bars__million_trades__time() -> None:
     started = time.perf_counter()
     takers = trade_takers(trades)
     bars = day_bars(trades, takers, start=0, width=width)
-    classes = day_classes(takers, [bounds], start=0, width=width)[0]
+    edges = bar_edges(takers.ts, start=0, width=width)
+    classes = day_classes(edges, takers.side, takers.notional, [bounds])[0]
     table = bar_table(bars, classes, start=0, width=width, **UNITS)
     assert time.perf_counter() - started < 0.5
     assert table["trade_count"].sum() == n

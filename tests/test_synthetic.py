@@ -17,7 +17,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 from clusterlob_gpu.errors import ConfigError, LakeError
-from clusterlob_gpu.lake.layout import day_start_us
+from clusterlob_gpu.lake.layout import day_start_us, partition_dir
 from clusterlob_gpu.lake.symbols import find_symbol, read_dim_symbol, write_dim_symbol
 from clusterlob_gpu.lake.synthetic import (
     MarketConfig,
@@ -218,6 +218,27 @@ def test_ticker__moves_slowly_and_funds_every_eight_hours(lake):
     assert 0 < step.max() < 4e-4
     assert (rows["mark_px"] / rows["last_px"] - 1).abs().max() < 2e-4
     assert rows["last_px"].between(40_000, 90_000).all()
+
+
+def test_file_that_cannot_be_written__ends_the_ingest_and_a_new_one_goes_on(tmp_path):
+    config = make_market(trades_per_day=1_000, days=6)
+    ingest_synthetic(tmp_path / "whole", config)
+    lake, calls = tmp_path / "lake", []
+    blocked = partition_dir(lake, "truth", config.exchange, dt.date(2024, 5, 3))
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("in the way")
+    with pytest.raises(FileExistsError):
+        ingest_synthetic(lake, config, progress=calls.append)
+    assert [day.day.day for day in calls] == [1, 2]
+    assert not partition_dir(lake, "trades", config.exchange, dt.date(2024, 5, 5)).exists()
+    assert list(lake.rglob("*.tmp")) == []
+    blocked.unlink()
+    ingest_synthetic(lake, config)
+    files = [
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("date=*/*")}
+        for root in (lake, tmp_path / "whole")
+    ]
+    assert files[0] == files[1]
 
 
 def test_report__counts_what_was_written(tmp_path):

@@ -15,7 +15,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from clusterlob_gpu.lake.synthetic_market import (
     BookPath,
     MarketDay,
     Midnight,
+    Trades,
     fill_levels,
     market_rates,
     opening,
@@ -225,12 +226,29 @@ def ingest_synthetic(
         _claim_symbols(lake, config)
         _write_symbols(lake, config)
     written = []
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        try:
+            for finished in _write_days(lake, config, pool):
+                written.append(finished)
+                if progress is not None:
+                    progress(finished)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return SyntheticReport(tuple(written), time.perf_counter() - started)
+
+
+def _write_days(lake: Path, config: MarketConfig, pool: Executor) -> Iterator[SyntheticDay]:
+    """Write all days of all symbols; while the files of one day are written the next is made."""
+    before: Callable[[], SyntheticDay] | None = None
     for name in config.symbols:
         for number, market_day in enumerate(simulate(config, name)):
-            written.append(_write_day(lake, config, name, number, market_day))
-            if progress is not None:
-                progress(written[-1])
-    return SyntheticReport(tuple(written), time.perf_counter() - started)
+            writing = _write_day(lake, config, name, number, market_day, pool)
+            if before is not None:
+                yield before()
+            before = writing
+    if before is not None:
+        yield before()
 
 
 def simulate(config: MarketConfig, symbol: str) -> Iterator[MarketDay]:
@@ -357,30 +375,35 @@ def _symbol_row(config: MarketConfig, name: str) -> dict[str, object]:
 
 
 def _write_day(
-    lake: Path, config: MarketConfig, name: str, number: int, market_day: MarketDay
-) -> SyntheticDay:
-    """Write the four files of one symbol and day."""
+    lake: Path, config: MarketConfig, name: str, number: int, market_day: MarketDay, pool: Executor
+) -> Callable[[], SyntheticDay]:
+    """Begin to write the four files of one symbol and day; what is given back waits for them."""
     day = config.start + dt.timedelta(days=number)
-    tables = {
-        "book_snapshot_25": snapshot_tables(config, name, number, market_day.book),
-        "trades": _trade_tables(config, name, day, market_day),
-        "truth": _truth_tables(config, name, market_day),
-        "derivative_ticker": iter([_ticker_table(config, name, day, market_day)]),
-    }
 
-    def write(table: str) -> int:
+    def write(table: str, parts: Iterator[pa.Table]) -> int:
         with PartitionWriter(lake, table, config.exchange, day, file_stem(name, _FILE_ID)) as writer:
-            for part in tables[table]:
+            for part in parts:
                 writer.write(part)
         return writer.path.stat().st_size
 
-    with ThreadPoolExecutor(_WRITERS) as pool:
-        size = sum(pool.map(write, tables))
-    return SyntheticDay(name, day, config.trades_per_day, config.snapshots_per_day, size)
+    snapshots = snapshot_tables(config, name, number, market_day.book)
+    sizes = [pool.submit(write, "book_snapshot_25", snapshots)]
+    trades = market_day.trades  # made here, while the snapshots are being written
+    others = {
+        "trades": _trade_tables(config, name, day, trades),
+        "truth": _truth_tables(config, name, trades),
+        "derivative_ticker": iter([_ticker_table(config, name, day, market_day)]),
+    }
+    sizes += [pool.submit(write, *table) for table in others.items()]
+
+    def written() -> SyntheticDay:
+        size = sum(one.result() for one in sizes)
+        return SyntheticDay(name, day, config.trades_per_day, config.snapshots_per_day, size)
+
+    return written
 
 
-def _trade_tables(config: MarketConfig, name: str, day: dt.date, market_day: MarketDay) -> Iterator[pa.Table]:
-    trades = market_day.trades
+def _trade_tables(config: MarketConfig, name: str, day: dt.date, trades: Trades) -> Iterator[pa.Table]:
     days_since_epoch = day_start_us(day) // US_PER_DAY
     for first in range(0, len(trades.ts), ROW_GROUP_ROWS):
         part = slice(first, first + ROW_GROUP_ROWS)
@@ -399,8 +422,7 @@ def _trade_tables(config: MarketConfig, name: str, day: dt.date, market_day: Mar
         yield _table("trades", columns)
 
 
-def _truth_tables(config: MarketConfig, name: str, market_day: MarketDay) -> Iterator[pa.Table]:
-    trades = market_day.trades
+def _truth_tables(config: MarketConfig, name: str, trades: Trades) -> Iterator[pa.Table]:
     for first in range(0, len(trades.ts), ROW_GROUP_ROWS):
         part = slice(first, first + ROW_GROUP_ROWS)
         ts = trades.ts[part]

@@ -21,7 +21,9 @@ on how a day is cut or on how many days are asked for.  Units: ticks, lots, int6
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -121,12 +123,20 @@ class Midnight:
 
 @dataclass(frozen=True)
 class MarketDay:
-    """One simulated day; `book` has one row more than the day has snapshots, see BookPath."""
+    """One simulated day; `book` has one row more than the day has snapshots, see BookPath.
+
+    Its trades are made when they are first asked for: its book may be written meanwhile.
+    """
 
     book: BookPath
-    trades: Trades
     ticker: np.ndarray
     state: Midnight
+    _make_trades: Callable[[], Trades]
+
+    @cached_property
+    def trades(self) -> Trades:
+        """Trades of the day, in time order."""
+        return self._make_trades()
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -411,12 +421,16 @@ def simulate_day(
     gap = np.empty(n_snapshots + 1)
     _walk_book(book_key, rates, latent, episode, book, gap)
     _stamp(start_us, gap, book.ts)
-    trades = Trades(*_columns(n_trades, "i8 u1 u1 i8 i8"))
-    _trade(np.array(trade_keys), rates.strength, book, start_us + US_PER_DAY - 1, trades)
     ticker = np.empty((n_ticker, 2))
     _walk_ticker(ticker_key, ticker_state, math.exp(-8.0 / n_ticker), ticker)
     row = tuple(column[-1].item() for column in book[1:])
-    return MarketDay(book, trades, ticker, Midnight(latent, episode, row, ticker_state))
+
+    def make_trades() -> Trades:
+        trades = Trades(*_columns(n_trades, "i8 u1 u1 i8 i8"))
+        _trade(np.array(trade_keys), rates.strength, book, start_us + US_PER_DAY - 1, trades)
+        return trades
+
+    return MarketDay(book, ticker, Midnight(latent, episode, row, ticker_state), make_trades)
 
 
 def _columns(rows: int, types: str) -> list[np.ndarray]:
