@@ -1,16 +1,19 @@
 """Processes beside this one, for what Python's lock would hold up: tables of statistics, and pictures.
 
 A command that will want them forks them before it loads Numba, so that they share what both need.  Each thing
-asked of them is done in a process that is forked for it, and may be spread over more.  Without them, or where
-they fail, the command does it alone: the results are the same.
+asked of them is done in a process that is forked for it, and may be spread over more; each dies with the one
+that forked it.  Without them, or where they fail, the command does it alone: the results are the same.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,6 +33,10 @@ _KINDS: dict[Kind, Callable[[], None]] = {}
 _lines: dict[Kind, socket.socket] = {}
 """Where they are asked, while they are there."""
 
+_PR_SET_PDEATHSIG = 1
+
+log = logging.getLogger(__name__)
+
 
 class Each(Protocol):
     """Applies a function to every item; gives the results in order."""
@@ -41,33 +48,44 @@ class Each(Protocol):
 def helpers() -> Iterator[None]:
     """Have processes beside this one during the block, where there is a core for them.
 
-    There are none either where this process has threads, which a fork would not have.
+    There are none either where this process has threads of Python, which a fork would not have, where the
+    system has no room for them, and outside Linux, where libraries may not be used after a fork.
     """
-    if cores.available() < 2 or threading.active_count() > 1:
+    if sys.platform != "linux" or cores.available() < 2 or threading.active_count() > 1:
         yield
         return
     import_module("clusterlob_gpu.flow_evaluation")
-    with ExitStack() as ends:
-        begun = []
-        for kind in _KINDS:
-            ours, theirs = (ends.enter_context(end) for end in socket.socketpair())
-            process = os.fork()
-            if not process:
-                _help(kind, theirs, [ours, *_lines.values()])
-            # A group of its own, with which those that it forks are ended too.
-            with suppress(OSError):
-                os.setpgid(process, process)
-            theirs.close()
-            begun.append(process)
-            _lines[kind] = ours
-        try:
-            yield
-        finally:
-            _lines.clear()
-            for process in begun:
-                with suppress(ProcessLookupError):
-                    os.killpg(process, signal.SIGKILL)
+    begun: list[int] = []
+    try:
+        with suppress(OSError):
+            for kind in _KINDS:
+                _begin(kind, begun)
+        yield
+    finally:
+        while _lines:
+            _lines.popitem()[1].close()
+        for process in begun:
+            with suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)
+            with suppress(ChildProcessError):  # where nobody is told of children that end
                 os.waitpid(process, 0)
+
+
+def _begin(kind: Kind, begun: list[int]) -> None:
+    """Fork a process of that kind."""
+    ours, theirs = socket.socketpair()
+    with theirs, ExitStack() as failing:
+        failing.enter_context(ours)
+        command = os.getpid()
+        process = os.fork()
+        if not process:
+            _help(command, kind, theirs, [ours, *_lines.values()])
+        begun.append(process)
+        # A group of its own, with which those that it forks are ended too.
+        with suppress(OSError):
+            os.setpgid(process, process)
+        _lines[kind] = ours
+        failing.pop_all()
 
 
 def ask(kind: Kind, function: Callable[..., Result], *args: Any, hands: int = 1) -> Callable[[], Result]:
@@ -78,7 +96,10 @@ def ask(kind: Kind, function: Callable[..., Result], *args: Any, hands: int = 1)
     here, line = partial(function, *args), _lines.get(kind)
     if line is None:
         return here
-    ours, theirs = socket.socketpair()
+    try:
+        ours, theirs = socket.socketpair()
+    except OSError:
+        return here
     connection = Connection(ours.detach())
     with theirs, suppress(OSError):  # of one that has died
         socket.send_fds(line, [b"."], [theirs.fileno()])
@@ -91,15 +112,24 @@ def _result(connection: Connection, here: Callable[[], Result]) -> Result:
     with connection, suppress(EOFError, OSError):
         result: Result = connection.recv()
         return result
+    log.debug("%s: not done beside the command", here)
     return here()
 
 
 # ---- their side -------------------------------------------------------------------------------------
 
 
-def _help(kind: Kind, line: socket.socket, others: Sequence[socket.socket]) -> NoReturn:
-    """Do what is asked on a line until it ends, when the command has."""
+def _die_with(parent: int) -> None:
+    """Let the system kill this process when the one that forked it ends, however that may be."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def _help(command: int, kind: Kind, line: socket.socket, others: Sequence[socket.socket]) -> NoReturn:
+    """Do what is asked on a line."""
     try:
+        _die_with(command)
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's matter, which ends this one
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -111,11 +141,12 @@ def _help(kind: Kind, line: socket.socket, others: Sequence[socket.socket]) -> N
             os.dup2(nowhere, stream)
         gc.disable()  # it would touch, and so copy, the memory that those that are forked share
         _KINDS[kind]()
+        this = os.getpid()
         while asked := socket.recv_fds(line, 1, 1)[1]:
             (number,) = asked
             if os.fork() == 0:
                 line.close()
-                _do(Connection(number))
+                _do(this, Connection(number))
             os.close(number)
     finally:
         os._exit(0)
@@ -132,9 +163,10 @@ def _get_ready_to_draw() -> None:
 _KINDS |= {"tables": lambda: None, "pictures": _get_ready_to_draw}
 
 
-def _do(connection: Connection) -> NoReturn:
+def _do(helper: int, connection: Connection) -> NoReturn:
     """Do what is asked, send its result, and end the process."""
     try:
+        _die_with(helper)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         function, args, hands = connection.recv()
         connection.send(function(*args, each=partial(_spread, hands)))
@@ -156,7 +188,8 @@ def _spread(hands: int, function: Callable[[Item], Result], items: Iterable[Item
     size = len(_work[1])
     if min(hands, size) < 2:
         return [_nth(number) for number in range(size)]
-    with ProcessPoolExecutor(min(hands, size), get_context("fork")) as pool:
+    hands = min(hands, size)
+    with ProcessPoolExecutor(hands, get_context("fork"), _die_with, (os.getpid(),)) as pool:
         return list(pool.map(_nth, range(size)))
 
 

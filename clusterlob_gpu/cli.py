@@ -43,6 +43,9 @@ _PAGE_WIDTH = 150
 def main() -> None:
     """Entry point: runs a command and turns its errors into one line and an exit code."""
     signal.signal(signal.SIGTERM, _stop)
+    if hasattr(signal, "SIGCHLD"):
+        # A parent may have left it ignored: then nobody could wait for what is started here.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     gc.set_threshold(_YOUNG_OBJECTS)
     # Matrices are small: threads would wait for each other.  Dask sets the same for its workers.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

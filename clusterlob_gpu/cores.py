@@ -6,10 +6,12 @@ At the end of a stage, and where there are few days, a task may use those that t
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
+from pathlib import Path
 from threading import Lock
 from typing import ParamSpec, TypeVar, cast
 
@@ -17,15 +19,25 @@ Arguments = ParamSpec("Arguments")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_CGROUP = Path("/sys/fs/cgroup")
 _lock = Lock()
 _free = 0
 
 
 def available() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use: of its machine, its affinity, and the quota of its container."""
+    affine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(affine, _quota()))
+
+
+def _quota() -> int:
+    """Cores' time that the container has, a part of one counting as one; many where there is no bound."""
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # version 2 and 1
+        with suppress(OSError, ValueError):  # other systems; "max"
+            quota, period = (int(word) for name in names for word in (_CGROUP / name).read_text().split())
+            if quota > 0:
+                return -(-quota // period)
+    return sys.maxsize
 
 
 def _add(cores: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import pandas as pd
 
@@ -62,6 +62,8 @@ TABLES = (
     "backtest_path",
 )
 """Tables of `flow_tables`, in their order."""
+AT_ONCE = 7
+"""Tasks that `flow_tables` has for `each` at once."""
 _MARKET_RETURN = re.compile(r".+_ret_\d+[a-z]+")
 
 
@@ -192,31 +194,31 @@ def _symbol_tables(symbol: str, panel: pd.DataFrame, plan: FlowPlan, each: Each)
     if LARGE not in {signal.name for signal in signals}:
         raise InputError(f"bars of {symbol}: no column {LARGE}; build the bars with size thresholds")
     targets, sampling, width = plan.targets, plan.sampling, plan.width_us
-    pairs, controls_ = flow_pairs(list(panel.columns), plan.width_us), _controls(panel, plan)
+    pairs, controls = flow_pairs(list(panel.columns), plan.width_us), _controls(panel, plan)
     regimes = {name: labels for name, labels in REGIMES.items() if name in panel}
     stable = {"symbol": (symbol,), MONTH: tuple(sorted(panel[MONTH].unique()))}
     stable |= {name: labels for name, labels in regimes.items() if name in LASTING}
 
-    def quantiles() -> tuple[pd.DataFrame, pd.DataFrame]:
-        return quantile_tables(panel, headline, targets, edges=plan.edges, **sampling)
+    def quantiles() -> dict[str, pd.DataFrame]:
+        tables = quantile_tables(panel, headline, targets, edges=plan.edges, **sampling)
+        return dict(zip(("quantiles", "spreads"), tables, strict=True))
 
-    def backtest() -> tuple[pd.DataFrame, pd.DataFrame]:
-        return backtest_tables(panel, headline, plan.horizons_us, width_us=width, costs=plan.costs)
+    def backtest() -> dict[str, pd.DataFrame]:
+        tables = backtest_tables(panel, headline, plan.horizons_us, width_us=width, costs=plan.costs)
+        return dict(zip(("backtest", "backtest_path"), tables, strict=True))
 
-    # Those that take longest come first.
-    makers: dict[tuple[str, ...], Callable[[], Any]] = {
-        ("regimes",): lambda: slice_table(panel, regimes, headline, targets, **sampling),
-        ("stability",): lambda: slice_table(panel, stable, headline, targets, **sampling),
-        ("regressions",): lambda: regression_table(panel, headline, targets, controls_, width_us=width),
-        ("ic",): lambda: ic_table(panel, signals, targets, **sampling),
-        ("backtest", "backtest_path"): backtest,
-        ("ic_differences",): lambda: difference_table(panel, pairs, targets, **sampling),
-        ("quantiles", "spreads"): quantiles,
-    }
-    made = each(lambda make: make(), list(makers.values()))
+    makers: list[Callable[[], dict[str, pd.DataFrame]]] = [  # that takes longest comes first
+        lambda: {"regimes": slice_table(panel, regimes, headline, targets, **sampling)},
+        lambda: {"stability": slice_table(panel, stable, headline, targets, **sampling)},
+        lambda: {"regressions": regression_table(panel, headline, targets, controls, width_us=width)},
+        lambda: {"ic": ic_table(panel, signals, targets, **sampling)},
+        backtest,
+        lambda: {"ic_differences": difference_table(panel, pairs, targets, **sampling)},
+        quantiles,
+    ]
     found: dict[str, pd.DataFrame] = {}
-    for names, tables in zip(makers, made, strict=True):
-        found |= dict(zip(names, tables if len(names) > 1 else [tables], strict=True))
+    for tables in each(lambda make: make(), makers):
+        found |= tables
     return found
 
 

@@ -118,7 +118,7 @@ def png(figure: Figure) -> bytes:
 
 def write(path: Path, content: bytes) -> None:
     """Write a file that appears only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
     temporary.replace(path)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
-from clusterlob_gpu import cores
+from clusterlob_gpu import cores, heap
 from clusterlob_gpu.config import Duration, parse_duration, read_yaml
 from clusterlob_gpu.errors import ConfigError, InputError
 from clusterlob_gpu.schema import US_PER_SECOND
@@ -283,6 +283,7 @@ class SlurmPlace(_Gpus, DaskPlace):
         extra = list(self.job_extra_directives)
         # sbatch takes only one of --mem, --mem-per-cpu and --mem-per-gpu.
         own_memory = any(directive.startswith("--mem") for directive in extra)
+        memory = [f"export {name}={value}" for name, value in heap.AT_START.items()]
         # Told to all kinds of workers through the environment: `dask cuda worker` has no --lifetime.
         lifetime = [
             f"export DASK_DISTRIBUTED__WORKER__LIFETIME__DURATION={self._lifetime_s}s",
@@ -302,7 +303,7 @@ class SlurmPlace(_Gpus, DaskPlace):
             "worker_extra_args": self.device_flags() if self.worker_command == "dask_cuda.cli" else [],
             "job_extra_directives": [*([f"--gres=gpu:{self.gpus}"] if self.gpus else []), *extra],
             "job_directives_skip": ["--mem="] if own_memory else [],
-            "job_script_prologue": [*self.job_script_prologue, *lifetime],
+            "job_script_prologue": [*memory, *self.job_script_prologue, *lifetime],
             "python": shlex.quote(self.python),
             "interface": self.interface,
             "local_directory": self.local_directory,
@@ -495,6 +496,12 @@ def kubernetes_manifest(place: KubernetesPlace, name: str) -> dict[str, Any]:
     worker, scheduler = (manifest["spec"][part]["spec"] for part in ("worker", "scheduler"))
     gpus = {"nvidia.com/gpu": str(place.gpus)} if place.gpus else {}
     worker["containers"][0] |= pod_access(place) | pod_resources(place.cpu, place.memory, gpus)
+    container = worker["containers"][0]
+    memory = {name: value for name, value in heap.AT_START.items() if name not in place.env}
+    container["env"] = [
+        *container["env"],
+        *({"name": name, "value": value} for name, value in memory.items()),
+    ]
     worker["volumes"] = pod_volumes(place)
     scheduler["containers"][0] |= pod_resources(1, place.scheduler_memory)
     return manifest

@@ -244,7 +244,7 @@ class _Dask:
             "distributed.scheduler.allowed-failures": self.place.allowed_failures,
             # A worker holds no more tasks than it runs: one that dies takes no waiting task down with it.
             "distributed.scheduler.worker-saturation": 1.0,
-            # Local workers keep their memory as this process does, whose environment they have.
+            # Local workers keep their memory as a command does.
             **{f"distributed.nanny.pre-spawn-environ.{name}": value for name, value in heap.AT_START.items()},
             # The client does not set CUDF_SPILL, since it computes nothing.
             "cudf-spill-warning": False,

@@ -23,6 +23,12 @@ def in_turn(number: int, each: Each = map) -> tuple[int, bool]:
     return number, os.getpid() == COMMAND
 
 
+def asleep(command: int, each: Each = map) -> str:
+    """For longer than any test waits, unless done by the command."""
+    list(each(lambda _: time.sleep(0 if os.getpid() == command else 600), range(2)))
+    return "done"
+
+
 def dying(how: str, command: int, each: Each = map) -> str:
     """Fails, or kills a process, unless that is the command."""
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 
-from clusterlob_gpu import flow_report
+from clusterlob_gpu import flow_evaluation, flow_report
 from clusterlob_gpu.calibration import ROLLUPS, rejection_rates, rejections
 from clusterlob_gpu.differences import difference_table, slice_table
 from clusterlob_gpu.errors import ConfigError, InputError
@@ -139,6 +141,18 @@ def test_tables__cover_signals_targets_and_slices(tables: dict[str, pd.DataFrame
     assert whole["ic"] == row(tables["ic"], symbol="BTCUSDT", signal=LARGE, target="ret_fwd_3h")["ic"]
     notes = tables["regressions"].query("model == 'controls'")["notes"]
     assert notes.str.contains("oi: absent").all()
+
+
+def test_tables__at_once_are_as_many_as_is_said() -> None:
+    """Those who ask for them take as many cores."""
+    sizes = []
+
+    def each(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        sizes.append(len(items))
+        return [function(item) for item in items]
+
+    flow_tables(made_bars(3), plan(draws=20), each)
+    assert sizes == [flow_evaluation.AT_ONCE]
 
 
 def test_slices__match_each_slice_on_its_own() -> None:

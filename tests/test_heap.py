@@ -36,5 +36,6 @@ def test_keep__memory_that_was_freed_is_still_there() -> None:
     pool, kept = run("from clusterlob_gpu import heap; heap.keep()")
     assert pool == "system"
     assert kept > given_back + 100  # of 128 MiB
-    _, at_start = run("", **{name: str(value) for name, value in heap.AT_START.items()})
+    pool, at_start = run("", **heap.AT_START)
+    assert pool == "system"
     assert at_start > given_back + 100

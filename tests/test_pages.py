@@ -160,6 +160,13 @@ def test_with_nulls__nothing_goes_on_in_an_empty_list(kinds: list[int], starts: 
     assert pages._with_nulls(values, count, levels, 1, 2, np.array(starts, np.int32))[1] == -1
 
 
+@pytest.mark.parametrize(("level", "found"), [(0, (8, 4)), (1, (8, 1)), (2, (-1, 0))])
+def test_list_starts__a_run_of_levels_that_there_are_not(level: int, found: tuple[int, int]) -> None:
+    """A level 0, and three that are equal."""
+    data = np.array([4, 0, 0, 0, 1 << 1, 0, 3 << 1, level], np.uint8)
+    assert pages._list_starts(data, 0, len(data), np.empty(4, np.int32)) == found
+
+
 def read(path: Path, meta: pq.FileMetaData) -> dict[str, np.ndarray]:
     with pa.OSFile(str(path)) as file:
         return decode.levels(Location.of(path), file, meta, [0], 5)

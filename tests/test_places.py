@@ -237,6 +237,8 @@ def test_slurm__job_of_two_gpus(tmp_path: Path) -> None:
         "#SBATCH -t 0-04:00:00",
         "#SBATCH --gres=gpu:2",
         "#SBATCH --constraint=h100",
+        "export MALLOC_ARENA_MAX=1",
+        "export ARROW_DEFAULT_MEMORY_POOL=system",
         "module load cuda",
         "export DASK_DISTRIBUTED__WORKER__LIFETIME__DURATION=13800s",
         "export DASK_DISTRIBUTED__WORKER__LIFETIME__STAGGER=150s",
@@ -335,7 +337,9 @@ def test_kubernetes__workers_have_gpu_files_and_secrets_and_the_scheduler_has_no
     ]
     assert {"name": "LAKE", "value": "/data/lake"} in worker["env"]
     assert "nvidia" not in json.dumps(scheduler)
-    assert scheduler["env"] == worker["env"]
+    assert {"name": "MALLOC_ARENA_MAX", "value": "1"} in worker["env"]
+    assert all(one in worker["env"] for one in scheduler["env"])
+    assert "MALLOC" not in json.dumps(scheduler)
     assert not {"envFrom", "volumeMounts"} & set(scheduler)
 
 

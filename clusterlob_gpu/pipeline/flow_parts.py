@@ -152,7 +152,7 @@ def part_tables(part: FlowPart) -> dict[str, pd.DataFrame]:
     """Result tables of a part by name: its bars as `features`, `flow_evaluation.flow_tables`, and `variants`
     where its config has some."""
     bars, plan = with_variants(part), flow_plan(part.config)
-    with cores.spare(len(flow_evaluation.TABLES)) as more:
+    with cores.spare(flow_evaluation.AT_ONCE - 1) as more:
         tables = beside.ask("tables", flow_evaluation.flow_tables, bars, plan, hands=1 + more)
         variants = {"variants": _variant_ics(part, bars)} if part.config.variants else {}
         return {"features": bars} | tables() | variants
