@@ -83,20 +83,6 @@ def spare(most: int) -> Iterator[int]:
         _add(taken)
 
 
-def spread(function: Callable[[Item], object], items: Iterable[Item]) -> None:
-    """Apply a function to every item; to several at once, in no order, where there are cores to spare."""
-    left = list(items)
-    with ThreadPoolExecutor(max(1, len(left))) as others:  # its threads begin when they are needed
-        while left:
-            with spare(len(left) - 1) as more:
-                first, *rest = left[: 1 + more]
-                working = [others.submit(function, item) for item in rest]
-                function(first)
-                for one in working:
-                    one.result()
-            del left[: 1 + more]
-
-
 def ahead(items: Iterable[Item]) -> Iterator[Item]:
     """The items; while one is used the next is made, if there is a core to spare."""
     source, none = iter(items), object()

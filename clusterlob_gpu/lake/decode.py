@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from threading import local
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clusterlob_gpu import cores, kernels
+from clusterlob_gpu import kernels
 from clusterlob_gpu.errors import LakeError
 from clusterlob_gpu.files import Location
 from clusterlob_gpu.lake import pages
@@ -63,8 +62,10 @@ def levels(
     where: Location, source: pa.NativeFile, meta: pq.FileMetaData, groups: list[int], depth: int
 ) -> dict[str, Any]:
     """First entries and depth sums of a snapshot's list columns, by the names in `LISTS`."""
-    expect_lists(meta.schema.to_arrow_schema(), where)
-    return _reduced(where, source, meta, groups, depth)
+    file = parquet(where, source, meta)
+    expect_lists(file.schema_arrow, where)
+    rows = sum(meta.row_group(group).num_rows for group in groups)
+    return _reduced(file, source, groups, rows, depth)
 
 
 def columns(path: Path, groups: list[int] | None, names: Sequence[str], room: int) -> dict[str, Any]:
@@ -133,24 +134,19 @@ def expect_integers(kind: pa.DataType, nulls: int, where: Location, name: str) -
 
 
 def _reduced(
-    where: Location, source: pa.NativeFile, meta: pq.FileMetaData, groups: list[int], depth: int
+    file: pq.ParquetFile, source: pa.NativeFile, groups: list[int], rows: int, depth: int
 ) -> dict[str, np.ndarray]:
-    """First entries and depth sums of the list columns; ArrowInvalid unless they have the groups' rows."""
-    ends = np.cumsum([0, *(meta.row_group(group).num_rows for group in groups)])
-    found = {name: np.empty(ends[-1], np.int64) for names in LISTS.values() for name in names}
-    leaves = {meta.schema.column(leaf).path.split(".")[0]: leaf for leaf in range(len(meta.schema))}
-    schema, held = meta.schema.to_arrow_schema(), local()
-
-    def reduce(number: int) -> None:
-        if not hasattr(held, "reader"):
-            held.reader = pages.ListReader(source, depth)
-        group, part = groups[number], slice(ends[number], ends[number + 1])
+    """First entries and depth sums of the list columns; ArrowInvalid unless they have `rows` rows."""
+    found = {name: np.empty(rows, np.int64) for names in LISTS.values() for name in names}
+    reader, at = pages.ListReader(source, depth), 0
+    leaves = {file.schema.column(leaf).path.split(".")[0]: leaf for leaf in range(len(file.schema))}
+    for group in groups:
+        meta = file.metadata.row_group(group)
+        part = slice(at, at := at + meta.num_rows)
         into = {name: [found[column][part] for column in columns] for name, columns in LISTS.items()}
-        chunks = {name: meta.row_group(group).column(leaves[name]) for name in LISTS}
-        if not _reduce_pages(held.reader, schema, chunks, into):
-            _reduce_with_arrow(parquet(where, source, meta), group, depth, into)
-
-    cores.spread(reduce, range(len(groups)))
+        chunks = {name: meta.column(leaves[name]) for name in LISTS}
+        if not _reduce_pages(reader, file.schema_arrow, chunks, into):
+            _reduce_with_arrow(file, group, depth, into)
     del found["unused"]
     return found
 
