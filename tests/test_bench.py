@@ -359,10 +359,10 @@ def test_targets__are_met_or_missed() -> None:
 
 
 def test_observe__counts_memory_of_children_and_pages_read(tmp_path: Path) -> None:
-    """A child holds 150 MiB for half a second; of two files of 1 MiB one is read."""
+    """A child holds 150 MiB for a second; of two files of 1 MiB one is read."""
     for name in ("read", "left"):
         (tmp_path / name).write_bytes(bytes(1 << 20))
-    holds = "import time; held = bytearray(150 << 20); time.sleep(0.5)"
+    holds = "import time; held = bytearray(150 << 20); time.sleep(1)"
     starts = f"import subprocess, sys; open({str(tmp_path / 'read')!r}, 'rb').read(); "
     starts += f"subprocess.run([sys.executable, '-c', {holds!r}], check=True)"
     seen = common.observe([sys.executable, "-c", starts], tmp_path)
