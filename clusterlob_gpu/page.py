@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOTHING = "-"
+_NO_RANGE = 1e-12
+"""Below what any picture shows; Matplotlib would write 1e-17 over the title."""
+
 _COMPRESS_LEVEL = 1
 """Of pictures: higher levels take twice the time for a tenth of the size."""
 
@@ -108,6 +111,10 @@ def png(figure: Figure) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        if abs(high - low) < _NO_RANGE:  # nothing but the line at zero
+            axes.set_ylim(-1, 1)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # `savefig` would draw it twice, to find its margins
     buffer = io.BytesIO()

@@ -29,6 +29,7 @@ from clusterlob_gpu.config import make_config, parse_duration, read_preset
 from clusterlob_gpu.errors import InputError
 from clusterlob_gpu.evaluation import Target, cluster_ic, markout_table
 from clusterlob_gpu.findings import findings, needed_buckets
+from clusterlob_gpu.page import png
 from clusterlob_gpu.report import console_tables, read_run, render_run
 from clusterlob_gpu.schema import FEATURES, US_PER_DAY, Z_FEATURES
 
@@ -532,3 +533,19 @@ def test_preset__holds_the_research_log() -> None:
     assert {e["cluster"]: e["ic"] for e in published["ic"]} == {1: 0.0606, -1: 0.0346, 0: 0.0205, 2: -0.0065}
     assert sum(entry["share"] for entry in published["clusters"]) == pytest.approx(1.0)
     assert sum(entry["count"] for entry in published["clusters"]) == pytest.approx(27_649_725, abs=30_000)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_png__panels_without_data_have_a_scale(there: bool) -> None:
+    """Nothing but rounding, as Matplotlib makes of some empty panels; one of them may have data."""
+    figure = pictures.frame("little", "", 2.0)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes in panels:
+        axes.plot([0, 1], [0.0, 1e-17])
+        pictures.plain(axes)
+    if there:
+        panels[1].plot([0, 1], [0.2, 3.0])
+    png(figure)
+    for axes in panels:
+        low, high = axes.get_ylim()
+        assert -0.5 < low < 0 < 3 < high < 3.5 if there else (low, high) == (-1, 1)
